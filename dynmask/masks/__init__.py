@@ -1,0 +1,6 @@
+"""What is kept: masks whose size is linear in the length."""
+
+from dynmask.masks.padding import Padding
+from dynmask.masks.stripes import Stripes
+
+__all__ = ["Padding", "Stripes"]

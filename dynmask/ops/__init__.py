@@ -1,0 +1,6 @@
+"""How masks are computed: one public function, several backends."""
+
+from dynmask.ops.attention import attention, choose, supports
+from dynmask.ops.cpu import computed_pairs
+
+__all__ = ["attention", "choose", "computed_pairs", "supports"]

@@ -1,0 +1,39 @@
+"""dynmask: long-context transformers made fast with attention masks that follow the content.
+
+``import dynmask`` is light: transformers and triton load only when a name that needs them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attention": "dynmask.ops",
+    "supports": "dynmask.ops",
+    "Padding": "dynmask.masks",
+    "Stripes": "dynmask.masks",
+    "MaskPlan": "dynmask.dam",
+    "accelerate": "dynmask.hf",
+    "calibrate": "dynmask.hf",
+}
+
+if TYPE_CHECKING:
+    from dynmask.dam import MaskPlan
+    from dynmask.hf import accelerate, calibrate
+    from dynmask.masks import Padding, Stripes
+    from dynmask.ops import attention, supports
+
+__all__ = ["MaskPlan", "Padding", "Stripes", "accelerate", "attention", "calibrate", "supports"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'dynmask' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

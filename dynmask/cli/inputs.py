@@ -1,0 +1,163 @@
+"""Models, texts and places that the user names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+EMBEDDED = "embedded"
+
+
+class Loaded(NamedTuple):
+    """A causal language model with its tokenizer and the name to show for it."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --device and --dtype."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        metavar="FOLDER_OR_ID",
+        help="a transformers model folder or hub name, or 'embedded' (default)",
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto"
+    )
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="default: auto"
+    )
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a model for evaluation.
+
+    Args:
+        name: A folder, a hub name, or ``"embedded"``.
+        device: ``"auto"`` is CUDA where there is one, else the CPU.
+        dtype: ``"auto"`` is float32 on the CPU, where bfloat16 is often slower, and bfloat16 on
+            CUDA.
+
+    Raises:
+        ValueError: There is no such model, it is no causal language model, or CUDA is asked for
+            and missing.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    # Its bars would run into ours.
+    transformers_logging.disable_progress_bar()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if name == EMBEDDED:
+        from dynmask.assets import load_model, load_tokenizer
+
+        model, tokenizer = load_model(dtype=torch_dtype), load_tokenizer()
+        name = "the embedded model"
+    else:
+        model, tokenizer = _from_transformers(name, torch_dtype)
+        name = Path(name).name if Path(name).is_dir() else name
+    return Loaded(model.to(device).eval(), tokenizer, name)
+
+
+def _from_transformers(name: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if name.startswith((".", "~", os.sep)) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"--model {name}: there is no such folder")
+    try:
+        folder = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"--model {name}: transformers cannot load it as a causal language model with its "
+            f"tokenizer ({reason})"
+        ) from error
+    return model, tokenizer
+
+
+def read_texts(paths: Sequence[str]) -> list[str]:
+    """Read texts: one for each .txt file, one for each line of a .jsonl file with a "text" field.
+
+    Either may be compressed with xz (``.txt.xz``, ``.jsonl.xz``).
+
+    Raises:
+        ValueError: A file is missing, damaged, of another kind, or all of them are empty.
+    """
+    texts = [text for path in paths for text in _read_file(Path(path)) if text.strip()]
+    if not texts:
+        raise ValueError(f"--texts: no text in {', '.join(map(str, paths))}")
+    return texts
+
+
+def _read_file(path: Path) -> list[str]:
+    kinds = path.suffixes[-2:] if path.suffix == ".xz" else path.suffixes[-1:]
+    if not kinds or kinds[0] not in (".txt", ".jsonl"):
+        raise ValueError(f"--texts {path}: give a .txt or .jsonl file, or either with .xz")
+    try:
+        data = path.read_bytes()
+        content = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"--texts {path}: {error.strerror}") from error
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"--texts {path}: damaged, or not what its name says ({error})") from error
+    if kinds[0] == ".txt":
+        return [content]
+    return [
+        _record(path, number, line)
+        for number, line in enumerate(content.split("\n"), 1)
+        if line.strip()
+    ]
+
+
+def _record(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"--texts {path}, line {number}: not JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f'--texts {path}, line {number}: needs a string under the key "text"')
+    return record["text"]
+
+
+def check_writable(path: str | os.PathLike[str], *, option: str = "--out") -> Path:
+    """Check that a file or folder can be made at `path`, before any work is done for it.
+
+    Creates the parent folders. Returns the path.
+
+    Raises:
+        ValueError: It cannot; the message names the option.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".dynmask-"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {target}: cannot write there ({error.strerror}); choose another place"
+        ) from error
+    return target
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write to a temporary file beside `target`, then rename it: whole or not at all."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)

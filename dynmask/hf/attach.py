@@ -1,0 +1,253 @@
+"""Accelerate: run a model's attention under a plan's masks (DAM, stage 2)."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynmask.dam import MaskPlan
+from dynmask.hf import compat
+from dynmask.hf.fingerprint import check_fingerprint
+from dynmask.hf.keys import KeySlots, key_mask, slots_of
+from dynmask.hf.switch import Switch
+from dynmask.hf.tally import Tally, kind_of
+from dynmask.masks import Stripes
+from dynmask.masks.schedule import head_schedule
+from dynmask.ops import attention, choose
+from dynmask.ops.attention import BACKENDS
+
+NAME = "dynmask"
+DENSE = "transformers sdpa"
+OWN_WINDOW = "own window"
+
+
+def accelerate(model: nn.Module, plan: MaskPlan, *, mode: str = "auto", impl: str = "auto") -> Run:
+    """Run ``model``'s attention under ``plan`` until the returned run is closed.
+
+    ``with accelerate(model, plan) as run: model.generate(...)``. Acceleration starts at once, so
+    the run may also be kept and ended with ``run.close()``. Only this model is touched, and it is
+    given back as it was, also after an exception inside the block.
+
+    Prefill, chunked prefill and decode; DynamicCache and StaticCache; left and right padding;
+    greedy, sampled and beam search. For inference: no dropout, and gradients only where the chosen
+    implementation has them.
+
+    Layers whose heads are all dense, and layers with a window of their own (sliding or chunked
+    attention), run transformers' ``sdpa`` function under their own exact mask.
+
+    Args:
+        model: The causal language model that the plan was made for, in any float dtype, on any
+            device.
+        plan: From ``calibrate`` or ``MaskPlan.load``.
+        mode: "static": every head on its stripes. "auto": the heads that the plan's gate marks run
+            dense. "dense": every head dense, the control.
+        impl: "auto", or a backend of ``dynmask.attention`` that must run every sparse layer.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: Mode or impl is unknown; the plan is of another model; the model is accelerated
+            already, or has no attention layer that dynmask knows. Later, from the model's forward:
+            packed documents, 4-d attention masks, or attention arguments that dynmask does not
+            know (attention sinks, softcap), where a layer is not dense.
+    """
+    return Run(model, plan, mode=mode, impl=impl)
+
+
+class Run:
+    """An accelerated model; a context manager. See ``accelerate``."""
+
+    def __init__(self, model: nn.Module, plan: MaskPlan, *, mode: str, impl: str):
+        if impl != "auto" and impl not in BACKENDS:
+            raise ValueError(f"impl={impl!r} is unknown; use one of {['auto', *BACKENDS]}")
+        compat.refuse_attached(model)
+        layers = compat.attention_layers(model)
+        check_fingerprint(model, plan.fingerprint)
+        unknown = plan.layers.keys() - {x.index for x in layers if x.own_window is None}
+        if unknown:
+            raise ValueError(
+                f"the plan holds layers {sorted(unknown)}, which are no full causal attention "
+                "layers of this model: calibrate it again"
+            )
+        self.model = model
+        self.mode = mode
+        self.impl = impl
+        self._tally = Tally()
+        self._attached: list[_Attached] = []
+        for layer in layers:
+            stripes = None
+            if layer.index in plan.layers:
+                stripes = plan.stripes(layer.index, mode)
+            own = OWN_WINDOW if layer.own_window is not None else None
+            self._attached.append(_Attached(layer, stripes, impl, self._tally, own))
+        compat.register(NAME, dynmask_attention, key_mask)
+        self._switch: Switch | None = Switch(model, layers, NAME)
+        for attached in self._attached:
+            setattr(attached.layer.module, compat.ATTACHED, attached)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model back as it was; the statistics stay. A second call does nothing."""
+        if self._switch is None:
+            return
+        for attached in self._attached:
+            vars(attached.layer.module).pop(compat.ATTACHED, None)
+        self._switch.undo()
+        self._switch = None
+
+    def stats(self) -> dict[str, Any]:
+        """Tell what ran so far, as plain values.
+
+        Returns:
+            ``layers``: how many are attached, and of these "sparse", "dense" and "own window".
+            ``mode`` and ``impl``: as asked for (``impl_requested``), and by call kind (prefill,
+            chunk, decode) the number of calls of each implementation that really ran.
+            ``calls``: calls by kind. ``density``: by kind, the pairs that the masks show over the
+            causal pairs; ``computed_density``: the pairs that were evaluated over the causal
+            pairs, 1 for a dense kernel. Both count prefill and chunks of every layer in the plan.
+            ``mask_seconds``: time spent on masks and schedules, outside of attention itself.
+        """
+        own = sum(a.own is not None for a in self._attached)
+        sparse = sum(a.sparse for a in self._attached)
+        masks = {a.layer.index: a.stripes for a in self._attached if a.stripes is not None}
+        return {
+            "layers": {
+                "attached": len(self._attached),
+                "sparse": sparse,
+                "dense": len(self._attached) - own - sparse,
+                "own window": own,
+            },
+            "mode": self.mode,
+            "impl_requested": self.impl,
+            **self._tally.summary(masks),
+            "mask_seconds": self._tally.mask_seconds,
+        }
+
+
+class _Attached:
+    """What one attention module of an accelerated model needs; hangs on the module itself."""
+
+    def __init__(
+        self,
+        layer: compat.AttentionLayer,
+        stripes: Stripes | None,
+        impl: str,
+        tally: Tally,
+        own: str | None,
+    ):
+        self.layer = layer
+        self.stripes = stripes
+        self.impl = impl
+        self.tally = tally
+        self.own = own
+        self.sparse = stripes is not None and not bool(stripes.full_heads.all())
+        self._on_device: dict[torch.device, Stripes] = {}
+
+    def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
+        """Return the stripes over this call's padding, on its device."""
+        started = time.perf_counter()
+        assert self.stripes is not None
+        if device not in self._on_device:
+            stripes = self.stripes.to(device)
+            # Padded copies share what was derived before they were made: derive it now, once.
+            assert stripes.derived is not None
+            if device.type == "cpu":
+                for head in range(stripes.heads):
+                    head_schedule(stripes, head)
+            self._on_device[device] = stripes
+        stripes = self._on_device[device]
+        padding = slots.padding
+        mask = stripes if padding is None else stripes & padding
+        self.tally.add_seconds(time.perf_counter() - started)
+        return mask
+
+
+@torch.compiler.disable
+def dynmask_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Attention function that ``accelerate`` registers with transformers.
+
+    Args:
+        module: The attention module; what it needs of the run hangs on it.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, K, D]``, or longer with a StaticCache.
+        value: Of the same shape as ``key``.
+        attention_mask: From ``key_mask``: ``[B, K]`` for plain causal attention, else
+            ``[B, 1, Q, K]``. A 4-d mask from the user comes here unchanged.
+        dropout: Probability of dropout.
+        scaling: Factor of the logits, ``D ** -0.5`` by default.
+        is_causal: May only be True or None.
+        **arguments: Further arguments; those that could change the result are refused.
+
+    Returns:
+        ``[B, Q, H, D]`` and None.
+
+    Raises:
+        ValueError: See ``accelerate``.
+    """
+    compat.refuse_unknown_arguments(module, arguments, is_causal=is_causal)
+    attached: _Attached | None = vars(module).get(compat.ATTACHED)
+    window = attached is not None and attached.own is not None
+    q_len = query.shape[2]
+    if window or (attention_mask is not None and attention_mask.ndim == 4):
+        if attached is not None and attached.sparse:
+            raise ValueError(
+                f"layer {attached.layer.index} got an attention mask that is not plain causal "
+                "(packed documents, an overlay, or a 4-d attention_mask): pass a 2-d "
+                'attention_mask and one document a row, or use mode="dense"'
+            )
+        if attached is not None:
+            k_len = key.shape[2] if attention_mask is None else attention_mask.shape[-1]
+            attached.tally.add(kind_of(q_len, k_len), attached.own or DENSE, attached.layer.index)
+        return compat.sdpa_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
+        )
+    slots = slots_of(attention_mask, key)
+    key, value = key[:, :, : slots.length], value[:, :, : slots.length]
+    kind = kind_of(q_len, slots.length)
+    if attached is None or not attached.sparse:
+        if attached is not None:
+            attached.tally.add(kind, DENSE, attached.layer.index, _shape(kind, slots, query))
+        return compat.sdpa_attention(
+            module, query, key, value, slots.dense(q_len), dropout=dropout, scaling=scaling
+        )
+    if dropout > 0:
+        raise ValueError("sparse attention has no dropout: call model.eval() first")
+    mask = attached.mask(slots, query.device)
+    impl = attached.impl
+    if impl == "auto":
+        impl = choose(query, key, value, mask)
+    out = attention(query, key, value, mask, scale=scaling, impl=impl)
+    attached.tally.add(kind, impl, attached.layer.index, _shape(kind, slots, query))
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _shape(kind: str, slots: KeySlots, query: Tensor) -> tuple[tuple[int, int], ...]:
+    """Return what a call computed; decode is left out, its shapes differ at every step."""
+    return () if kind == "decode" else slots.sequences(query.shape[2])

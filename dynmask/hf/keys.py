@@ -1,0 +1,152 @@
+"""The mask function of ``accelerate``: which key slots hold tokens, instead of a Q x K matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynmask.hf import compat
+from dynmask.masks import Padding
+
+_SLOTS = "_dynmask_slots"
+
+
+class KeySlots:
+    """The key slots that one forward pass attends to, shared by its layers.
+
+    Args:
+        visible: ``[B, K]`` bool, True where slot j holds a real token. ``K`` counts every token so
+            far, the queries' own included: the unused tail of a StaticCache is not in it.
+
+    Attributes:
+        visible: As given.
+        length: ``K``.
+        whole: Whether every slot of every row holds a real token.
+    """
+
+    def __init__(self, visible: Tensor):
+        self.visible = visible
+        self.length = visible.shape[1]
+        self.whole = bool(visible.all())
+        self._padding: Padding | None = None
+        self._dense: dict[int, Tensor] = {}
+        self._sequences: dict[int, tuple[tuple[int, int], ...]] = {}
+
+    @property
+    def padding(self) -> Padding | None:
+        """The runs of real tokens; None if every slot is real.
+
+        Raises:
+            ValueError: If the real tokens of a row are not one run.
+        """
+        if self._padding is None and not self.whole:
+            self._padding = Padding.from_mask(self.visible)
+        return self._padding
+
+    def dense(self, q_len: int) -> Tensor | None:
+        """Return the causal mask as transformers' ``sdpa`` function takes it.
+
+        Args:
+            q_len: Query rows ``Q``; they stand at the last Q key slots.
+
+        Returns:
+            ``[B or 1, 1, Q, K]`` bool, or None where ``sdpa`` needs no mask: no padding, and one
+            query row or as many rows as keys.
+        """
+        if self.whole and q_len in (1, self.length):
+            return None
+        if q_len not in self._dense:
+            slot = torch.arange(self.length, device=self.visible.device)
+            causal = slot <= slot[self.length - q_len :, None]
+            if not self.whole:
+                causal = causal & self.visible[:, None, None, :]
+            self._dense[q_len] = causal.expand(-1 if causal.ndim == 4 else 1, 1, -1, -1)
+        return self._dense[q_len]
+
+    def sequences(self, q_len: int) -> tuple[tuple[int, int], ...]:
+        """Return each batch row's ``(first, length)``: its queries and tokens without padding.
+
+        Rows whose tokens are not one run (possible where every head is dense) are left out.
+        """
+        if self.whole:
+            return ((self.length - q_len, self.length),) * len(self.visible)
+        if q_len not in self._sequences:
+            try:
+                runs = self.padding.runs(self.length) if self.padding is not None else []
+            except ValueError:
+                runs = []
+            self._sequences[q_len] = tuple(
+                (min(max(self.length - q_len, start), stop) - start, stop - start)
+                for start, stop in runs
+            )
+        return self._sequences[q_len]
+
+
+@torch.compiler.disable
+def key_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor | None:
+    """Make the mask of one forward pass, as transformers' ``AttentionMaskInterface`` asks for it.
+
+    Arguments are transformers' own; ``arguments`` are the further ones that go to its ``sdpa`` mask
+    function unread.
+
+    Returns:
+        For plain causal attention ``[B, K]`` bool, the real key slots up to the last query's own
+        (a StaticCache is cut to its used part). For anything else (sliding window, chunks, packed
+        documents, overlays) the mask that transformers makes for ``sdpa``: ``[B, 1, Q, K]``, or
+        None where a local window is not yet full.
+
+    Raises:
+        ValueError: If ``attention_mask`` does not reach to the last token.
+    """
+    if kv_offset != 0 or not compat.is_plain_causal(mask_function):
+        # A skipped mask means plain causal to `sdpa`; only a window that is not full is that.
+        if arguments.get("local_size") is None:
+            arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return compat.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **arguments,
+        )
+    length = min(kv_length, int(q_offset) + q_length)
+    if attention_mask is None:
+        visible = torch.ones(
+            batch_size, length, dtype=torch.bool, device=arguments.get("device", "cpu")
+        )
+    elif attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens of {length}: "
+            "it must cover the cached tokens too"
+        )
+    else:
+        visible = attention_mask[:, :length].bool().contiguous()
+    setattr(visible, _SLOTS, KeySlots(visible))
+    return visible
+
+
+def slots_of(attention_mask: Tensor | None, key: Tensor) -> KeySlots:
+    """Return the key slots behind a mask that ``key_mask`` made.
+
+    The mask carries them; one that was copied on its way (to another device, say) is read again.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    slots = getattr(attention_mask, _SLOTS, None)
+    return slots if isinstance(slots, KeySlots) else KeySlots(attention_mask.bool())

@@ -1,0 +1,108 @@
+"""Plain attention under a dense mask: the definition that every other backend is held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dynmask.masks import Stripes
+
+# Logits alive at once; 2^24 float32 are 64 MiB.
+_CELLS = 1 << 24
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64 and float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Stripes | None,
+    *,
+    bias: Tensor | None,
+    return_lse: bool,
+) -> str | None:
+    """Return None: the reference runs every valid call."""
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Stripes | None,
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attend block of rows by block of rows; differentiable in q, k, v and bias.
+
+    Args:
+        q: ``[B, H, Q, D]``.
+        k: ``[B, G, K, D]``.
+        v: ``[B, G, K, D]``.
+        mask: What each head sees; None means causal.
+        bias: ``[B, G, K]`` or None.
+        scale: Factor of the logits.
+        return_lse: Ignored: the log-sum-exp comes for free.
+
+    Returns:
+        ``[B, H, Q, D]`` in q's dtype and ``[B, H, Q]`` in the accumulation dtype.
+    """
+    batch, heads, q_len, _ = q.shape
+    k_len = k.shape[2]
+    rows = max(1, _CELLS // (batch * heads * k_len))
+    inputs = [t for t in (q, k, v, bias) if t is not None]
+    # Without this the backward pass would keep every block's probabilities: N x N after all.
+    recompute = rows < q_len and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    blocks = []
+    for top in range(0, q_len, rows):
+        first = k_len - q_len + top
+        args = (q[:, :, top : top + rows], k, v, mask, bias, scale, first)
+        blocks.append(
+            checkpoint(_block, *args, use_reentrant=False) if recompute else _block(*args)
+        )
+    return torch.cat([out for out, _ in blocks], 2), torch.cat([lse for _, lse in blocks], 2)
+
+
+def causal_slots(first: int, last: int, k_len: int, device: torch.device) -> Tensor:
+    """Return ``[1, 1, last - first, k_len]`` bool: plain causal rows at slots first to last - 1."""
+    row = torch.arange(first, last, device=device)[:, None]
+    return (torch.arange(k_len, device=device) <= row)[None, None]
+
+
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Stripes | None,
+    bias: Tensor | None,
+    scale: float,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, dim = q.shape
+    groups, k_len = k.shape[1], k.shape[2]
+    work = accumulation_dtype(q.dtype)
+    if mask is None:
+        seen = causal_slots(first, first + rows, k_len, q.device)
+    else:
+        seen = mask.slots(first, first + rows, k_len)
+    # The query heads of a group are stacked as rows, so keys are read once and never repeated.
+    stacked = q.to(work).reshape(batch, groups, -1, dim)
+    logits = (stacked * scale) @ k.to(work).transpose(2, 3)
+    logits = logits.view(batch, groups, -1, rows, k_len)
+    if bias is not None:
+        logits = logits + bias.to(work)[:, :, None, None]
+    logits = logits.view(batch, heads, rows, k_len).masked_fill(~seen, float("-inf"))
+    top = logits.detach().amax(-1, keepdim=True)
+    empty = top == float("-inf")
+    weights = (logits - top.masked_fill(empty, 0)).exp()
+    total = weights.sum(-1, keepdim=True).masked_fill(empty, 1)
+    out = weights.view(batch, groups, -1, k_len) @ v.to(work)
+    out = out.view(batch, heads, rows, dim) / total
+    lse = (top + total.log()).squeeze(-1)
+    return out.to(q.dtype), lse

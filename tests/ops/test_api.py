@@ -1,0 +1,95 @@
+"""Arguments, errors, and which backend runs."""
+
+import pytest
+import torch
+from attention_cases import naive_mask, padding, stripes, tensors
+
+from dynmask.masks import Stripes
+from dynmask.ops import attention, choose, computed_pairs, supports
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+GOOD = zeros(1, 4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "more", "match"),
+    [
+        (zeros(4, 8, 16), GOOD, GOOD, {}, "q must be"),
+        (GOOD, GOOD.double(), GOOD, {}, "k is torch.float64"),
+        (GOOD.int(), GOOD.int(), GOOD.int(), {}, "float16"),
+        (GOOD, GOOD, zeros(1, 4, 8, 32), {}, "one shape"),
+        (GOOD, zeros(2, 4, 8, 16), zeros(2, 4, 8, 16), {}, "batch"),
+        (GOOD, zeros(1, 3, 8, 16), zeros(1, 3, 8, 16), {}, "multiple"),
+        (GOOD, zeros(1, 4, 7, 16), zeros(1, 4, 7, 16), {}, "own tokens"),
+        (GOOD, zeros(1, 4, 0, 16), zeros(1, 4, 0, 16), {}, "only 0 keys"),
+        (GOOD, GOOD, GOOD, {"mask": torch.ones(8, 8)}, "Stripes or None"),
+        (GOOD, GOOD, GOOD, {"mask": Stripes.causal(3)}, "mask has 3 heads"),
+        (GOOD, GOOD, GOOD, {"mask": Stripes.causal(4) & padding((0, 8), (0, 8))}, "2 rows"),
+        (GOOD, GOOD, GOOD, {"mask": Stripes.causal(4) & padding((0, 9))}, "slot 9"),
+        (GOOD, GOOD, GOOD, {"mask": Stripes.causal(4).to("meta")}, "to\\(q.device\\)"),
+        (GOOD, GOOD, GOOD, {"bias": zeros(1, 4, 7)}, "bias must be"),
+        (GOOD, GOOD, GOOD, {"impl": "fast"}, 'no impl "fast"'),
+        (GOOD, GOOD, GOOD, {"impl": "cpu"}, "without a mask"),
+        (GOOD, GOOD, GOOD, {"impl": "sdpa", "return_lse": True}, "log-sum-exp"),
+    ],
+    ids=range(17),
+)
+def test_mistakes_are_named(q, k, v, more, match):
+    with pytest.raises(ValueError, match=match):
+        attention(q, k, v, **more)
+
+
+def test_no_rows_give_no_rows():
+    q = zeros(1, 4, 0, 16)
+    for keys in (GOOD, zeros(1, 4, 0, 16)):
+        out, lse = attention(q, keys, keys, return_lse=True)
+        assert out.shape == (1, 4, 0, 16)
+        assert lse.shape == (1, 4, 0)
+
+
+def test_an_explicit_choice_never_falls_back():
+    q, k, v = tensors(1, 4, 2, 8, 8, 16)
+    q.requires_grad_()
+    mask = stripes(4, 8)
+    reason = supports("cpu", q, k, v, mask)
+    assert "no backward" in reason
+    with pytest.raises(ValueError, match="no backward"):
+        attention(q, k, v, mask, impl="cpu")
+    with torch.no_grad():
+        assert supports("cpu", q, k, v, mask) is None
+    assert supports("cpu", q.to("meta"), k, v, mask) is not None
+    assert supports("sdpa", q, k, v, mask) is None
+    assert supports("reference", q, k, v, mask) is None
+
+
+def test_auto_takes_the_sparse_backend_only_where_it_pays():
+    def choice(length, mask, q_len=None, **more):
+        k = torch.empty(1, 4, length, 1).expand(-1, -1, -1, 64)
+        return choose(k[:, :, : q_len or length].repeat(1, 2, 1, 1), k, k, mask, **more)
+
+    sparse = Stripes.streaming(8, sinks=16, window=400)
+    assert choice(128, sparse) == "sdpa"
+    assert choice(16_384, sparse) == "cpu"
+    assert choice(16_384, Stripes.streaming(8, sinks=16, window=16_000)) == "sdpa"
+    assert choice(16_384, Stripes.causal(8)) == "sdpa"
+    assert choice(16_384, None) == "sdpa"
+    assert choice(16_384, sparse, q_len=1) == "cpu"
+    assert choice(500, sparse, q_len=1) == "sdpa"
+    assert choice(500, None, return_lse=True) == "reference"
+
+
+@pytest.mark.parametrize("q_len", [1, 40, 150])
+@pytest.mark.parametrize("corner", [0, 25])
+def test_computed_pairs_bound_the_visible_ones(q_len, corner):
+    mask = stripes(4, 150, corner=corner, full=(2,)) & padding((0, 150), (20, 140), (150, 150))
+    computed = computed_pairs(mask, q_len, 150)
+    visible = naive_mask(mask, q_len, 150).sum((2, 3))
+    assert computed.shape == visible.shape
+    assert (computed >= visible).all()
+    if q_len == 150:
+        assert computed[:, 2].equal(visible[:, 2])
+        assert (computed[2] == 0).all()
