@@ -5,6 +5,10 @@ are gathered once), bands of near offsets (batched products over windows that ar
 keys), and lone offsets (row-wise products over whole slices). All logits of a chunk of rows lie in
 one buffer, so there is one softmax over them. Full heads run torch's causal kernel, a few rows of
 decode gather their keys (`dynmask.ops.gather`).
+
+The work is many small parallel calls: with more torch threads than free cores they wait for each
+other and the backend loses its lead. Use ``torch.set_num_threads`` (or ``OMP_NUM_THREADS``) of at
+most the free cores, or start Python with ``OMP_WAIT_POLICY=PASSIVE`` on a shared machine.
 """
 
 from __future__ import annotations
