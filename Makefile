@@ -1,0 +1,36 @@
+# The two commands of the README are `make demo` and `make test`; both set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+WORKERS ?= auto
+
+.PHONY: demo test check bench report clean
+
+demo: $(INSTALLED)
+	$(BIN)/dynmask demo --out demo-out
+
+# One thread a worker: threads that wait for each other on shared cores waste most of their time.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/stripes_cpu.py --out benchmarks/results/stripes_cpu.json
+
+report: $(INSTALLED)
+	$(BIN)/dynmask report --plan demo-out/plan --results demo-out/results.json --out demo-out/report.html
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dynmask needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[hf,eval,report,train,dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
