@@ -328,15 +328,15 @@ def test_interrupted_calibration_resumes(capsys, monkeypatch, tmp_path, model, t
     consumed = []
     step = LayerStream.step
 
-    def interrupted(self, depth, batch, hidden, consumer=None):
+    def interrupted(self, depth, batch, hidden, consumer=None, *, most_rows=None):
         if depth == 1:
             raise KeyboardInterrupt
-        return step(self, depth, batch, hidden, consumer)
+        return step(self, depth, batch, hidden, consumer, most_rows=most_rows)
 
-    def counted(self, depth, batch, hidden, consumer=None):
+    def counted(self, depth, batch, hidden, consumer=None, *, most_rows=None):
         if consumer is not None:
             consumed.append(depth)
-        return step(self, depth, batch, hidden, consumer)
+        return step(self, depth, batch, hidden, consumer, most_rows=most_rows)
 
     def words(name):
         out = str(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The embedded model, its tokenizer and sample texts: all that the demo needs, without a network."""
+"""The embedded model, its tokenizer and sample texts: the demo needs no network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEXTS = ("calibration", "perplexity", "haystack")
+"""The names that `load_texts` takes."""
+
+__all__ = ["TEXTS", "load_model", "load_texts", "load_tokenizer", "model_folder"]
 
 _FOLDER = Path(str(resources.files("dynmask.assets")))
 

@@ -22,7 +22,8 @@ _HELP = {
     "mu": "share of a column or offset that must be in the mask",
     "support": "share of the rows that must show a column or offset",
     "coverage": "share of attention that a static head must keep",
-    "holdout": "share of the texts kept back to measure coverage",
+    "coverage_length": "most tokens of a held-out text; several times the capture length",
+    "holdout": "share of the tokens kept back to measure coverage",
     "seed": "of the split into calibration and held-out texts",
 }
 _TYPES = {"int": int, "float": float, "str": str}

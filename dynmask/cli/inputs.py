@@ -66,7 +66,9 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     if name == EMBEDDED:
         from dynmask.assets import load_model, load_tokenizer
 
-        model, tokenizer = load_model(dtype=torch_dtype), load_tokenizer()
+        # Any: the stub of transformers' decorated `to` takes no device.
+        model: Any = load_model(dtype=torch_dtype)
+        tokenizer = load_tokenizer()
         name = "the embedded model"
     else:
         model, tokenizer = _from_transformers(name, torch_dtype)

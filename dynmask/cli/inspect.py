@@ -76,8 +76,8 @@ def print_plan(
     output.say(f"{plan.fingerprint.get('architecture', 'a model')}, {plan.created}", style="bold")
     output.say(f"dynmask {plan.dynmask_version}", style="dim")
     output.say(
-        f"{data['texts']} texts, {data['tokens']:,} tokens, {data['holdout']} texts held out, "
-        f"sha256 {data['sha256'][:16]}"
+        f"{data['texts']} windows of text, {data['tokens']:,} tokens; {data['holdout']} held out, "
+        f"the longest of {data['holdout_length']:,}; sha256 {data['sha256'][:16]}"
     )
     output.say(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim")
     rows = []

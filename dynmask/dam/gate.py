@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def gate_heads(tail_coverage: Tensor, target: float) -> Tensor:
-    """Return True for the heads that must run dense: tail coverage below the target.
+def gate_heads(coverage: Tensor, target: float) -> Tensor:
+    """Return True for the heads that must run dense: coverage below the target.
 
     Args:
-        tail_coverage: `[H]` share of attention that the stripes keep in the worst rows
-            (`Coverage.tail`), in [0, 1].
+        coverage: `[H]` share of attention that the stripes keep beyond the captured corner
+            (`Coverage.mean`), in [0, 1].
         target: Share wanted, in (0, 1].
 
     Returns:
@@ -21,4 +21,4 @@ def gate_heads(tail_coverage: Tensor, target: float) -> Tensor:
     """
     if not 0 < target <= 1:
         raise ValueError(f"coverage={target} must be above 0 and at most 1")
-    return tail_coverage < target
+    return coverage < target

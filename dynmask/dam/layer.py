@@ -20,9 +20,10 @@ class LayerPlan:
         columns: H sorted unique int64 tensors in `[0, L)`.
         offsets: H sorted unique int64 tensors in `[0, L)`, each with 0, the own token.
         corner: `[H, L, L]` bool, causal: the true mask of the captured corner.
-        coverage: `[H]` float32, `Coverage.mean`: share of attention that columns and offsets keep.
-        tail_coverage: `[H]` float32, `Coverage.tail`: the same over the worst rows; the gate's.
-        corner_coverage: `[H]` float32, `Coverage.corner_mean`: with the corner as well.
+        coverage: `[H]` float32, `Coverage.mean`: share of attention that columns and offsets keep
+            in rows beyond the corner; the gate compares it with the target.
+        tail_coverage: `[H]` float32, `Coverage.tail`: the same over the worst tenth of these rows.
+        corner_coverage: `[H]` float32, `Coverage.corner_mean`: share kept in the corner's rows.
         gate: `[H]` bool, True where mode "auto" runs the head dense.
         previews: `[2, H, P, P]` float16, `P = min(L, 128)`: the mean map before and after
             amplification, as `preview` makes them.

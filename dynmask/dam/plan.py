@@ -38,6 +38,7 @@ _DATA = {
     "texts": lambda v: is_int(v, 1, 2**53),
     "tokens": lambda v: is_int(v, 1, 2**53),
     "holdout": lambda v: is_int(v, 0, 2**53),
+    "holdout_length": lambda v: is_int(v, 0, 2**53),
 }
 _BODY = {
     "format": lambda v: v == store.FORMAT,
@@ -202,7 +203,7 @@ class MaskPlan:
         """
         settings = dataclasses.replace(self.settings, coverage=target)
         layers = {
-            index: dataclasses.replace(layer, gate=gate_heads(layer.tail_coverage, target))
+            index: dataclasses.replace(layer, gate=gate_heads(layer.coverage, target))
             for index, layer in self.layers.items()
         }
         return dataclasses.replace(self, settings=settings, layers=layers)
@@ -226,15 +227,16 @@ def full_heads(layer: LayerPlan, mode: str) -> Tensor:
 
 
 def describe_data(token_ids: Sequence[Sequence[int]], *, holdout: int) -> dict[str, Any]:
-    """Describe the calibration texts for a plan.
+    """Describe what a plan was made from.
 
     Args:
-        token_ids: The texts as they were run, held-out ones last.
+        token_ids: The windows of text as they were run, held-out ones last.
         holdout: How many of them were held out.
 
     Returns:
-        `sha256` over every text's length and ids as little-endian int64, and the number of
-        `texts`, `tokens` and `holdout` texts.
+        `sha256` over every window's length and ids as little-endian int64; the number of `texts`
+        (windows), `tokens` and `holdout` windows; and `holdout_length`, tokens of the longest
+        held-out window: what is said about coverage holds up to there.
     """
     digest = hashlib.sha256()
     for ids in token_ids:
@@ -244,4 +246,7 @@ def describe_data(token_ids: Sequence[Sequence[int]], *, holdout: int) -> dict[s
         "texts": len(token_ids),
         "tokens": sum(len(ids) for ids in token_ids),
         "holdout": holdout,
+        "holdout_length": max(
+            (len(ids) for ids in token_ids[len(token_ids) - holdout :]), default=0
+        ),
     }

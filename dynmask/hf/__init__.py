@@ -8,7 +8,7 @@ except ImportError as error:
     ) from error
 
 from dynmask.hf.attach import Run, accelerate
-from dynmask.hf.calibrate import calibrate
+from dynmask.hf.calibration import calibrate
 from dynmask.hf.fingerprint import check_fingerprint, fingerprint
 
 __all__ = ["Run", "accelerate", "calibrate", "check_fingerprint", "fingerprint"]

@@ -33,8 +33,10 @@ def accelerate(model: nn.Module, plan: MaskPlan, *, mode: str = "auto", impl: st
     given back as it was, also after an exception inside the block.
 
     Prefill, chunked prefill and decode; DynamicCache and StaticCache; left and right padding;
-    greedy, sampled and beam search. For inference: no dropout, and gradients only where the chosen
-    implementation has them.
+    greedy, sampled and beam search, assisted decoding. For inference: no dropout, and gradients
+    only where the chosen implementation has them. A model under ``torch.compile`` runs with graph
+    breaks around attention, and must be given an ``attention_mask``: without one, transformers
+    makes it a mask for packed documents.
 
     Layers whose heads are all dense, and layers with a window of their own (sliding or chunked
     attention), run transformers' ``sdpa`` function under their own exact mask.
@@ -218,8 +220,9 @@ def dynmask_attention(
         if attached is not None and attached.sparse:
             raise ValueError(
                 f"layer {attached.layer.index} got an attention mask that is not plain causal "
-                "(packed documents, an overlay, or a 4-d attention_mask): pass a 2-d "
-                'attention_mask and one document a row, or use mode="dense"'
+                "(packed documents, an overlay, a 4-d attention_mask, or under torch.compile no "
+                "attention_mask, which transformers reads as packed): pass a 2-d attention_mask "
+                'and one document a row, or use mode="dense"'
             )
         if attached is not None:
             k_len = key.shape[2] if attention_mask is None else attention_mask.shape[-1]

@@ -30,7 +30,9 @@ class KeySlots:
     def __init__(self, visible: Tensor):
         self.visible = visible
         self.length = visible.shape[1]
-        self.whole = bool(visible.all())
+        # One copy to the host for the whole forward pass: on a GPU each would wait for the device.
+        self._host = visible.cpu()
+        self.whole = bool(self._host.all())
         self._padding: Padding | None = None
         self._dense: dict[int, Tensor] = {}
         self._sequences: dict[int, tuple[tuple[int, int], ...]] = {}
@@ -43,7 +45,7 @@ class KeySlots:
             ValueError: If the real tokens of a row are not one run.
         """
         if self._padding is None and not self.whole:
-            self._padding = Padding.from_mask(self.visible)
+            self._padding = Padding.from_mask(self._host).to(self.visible.device)
         return self._padding
 
     def dense(self, q_len: int) -> Tensor | None:

@@ -23,9 +23,12 @@ CAPTURE = "dynmask_capture"
 _CONSUMER = "_dynmask_consumer"
 # Heads of one map in memory at once: 8 maps of 1024 x 1024 are 32 MiB.
 _HEADS_AT_ONCE = 8
+# Rows of a soft-capped map at once: the whole map of a long sequence is never needed.
+_ROWS_AT_ONCE = 256
 
-Consumer = Callable[[int, Tensor], None]
-"""Called as ``consumer(first_head, probs)``, probs ``[1, h, N, N]`` float32 of one sequence."""
+Consumer = Callable[[int, Tensor, Tensor], None]
+"""Called as ``consumer(first_head, probs, rows)`` for one sequence of ``N`` tokens: probs
+``[h, R, N]`` float32, rows ``[R]`` int64, their positions, on the same device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,7 @@ class StopForward(Exception):
 class _Capture:
     consumer: Consumer
     lengths: list[int]
+    most_rows: int | None
     calls: int = 0
 
 
@@ -145,7 +149,13 @@ class LayerStream:
 
     @torch.no_grad()
     def step(
-        self, depth: int, batch: Batch, hidden: Tensor | None, consumer: Consumer | None = None
+        self,
+        depth: int,
+        batch: Batch,
+        hidden: Tensor | None,
+        consumer: Consumer | None = None,
+        *,
+        most_rows: int | None = None,
     ) -> Tensor:
         """Run one decoder layer on one batch.
 
@@ -155,6 +165,8 @@ class LayerStream:
             hidden: ``[B, L, hidden_size]``, what this method returned for ``depth - 1``; None for
                 the first layer.
             consumer: Gets the layer's attention maps, one sequence and at most 8 heads at a time.
+            most_rows: Only so many rows of each map are computed, as ``sample_rows`` chooses them;
+                all by default.
 
         Returns:
             ``[B, L, hidden_size]`` on the CPU: the layer's output.
@@ -170,7 +182,7 @@ class LayerStream:
         layer = self.attention.get(depth)
         capture = None
         if consumer is not None and layer is not None:
-            capture = _Capture(consumer, batch.lengths.tolist())
+            capture = _Capture(consumer, batch.lengths.tolist(), most_rows)
             setattr(layer.module, _CONSUMER, capture)
         try:
             self.model(
@@ -233,14 +245,16 @@ def capture_attention(
     if capture is not None:
         capture.calls += 1
         for row, length in enumerate(capture.lengths):
-            for first, probs_HNN in probabilities(
+            rows_R = sample_rows(length, capture.most_rows).to(query.device)
+            for first, probs_HRN in probabilities(
                 query[row, :, :length],
                 key[row, :, :length],
                 None if attention_mask is None else attention_mask[row, 0, :length, :length],
+                rows_R,
                 scaling=scaling,
                 softcap=softcap,
             ):
-                capture.consumer(first, probs_HNN[None])
+                capture.consumer(first, probs_HRN, rows_R)
     if softcap is None:
         return compat.sdpa_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
@@ -249,41 +263,69 @@ def capture_attention(
     group = query.shape[1] // key.shape[1]
     for row in range(len(query)):
         mask = None if attention_mask is None else attention_mask[row, 0]
-        for first, probs_HNN in probabilities(
-            query[row], key[row], mask, scaling=scaling, softcap=softcap
-        ):
-            last = first + len(probs_HNN)
-            out[row, first:last] = probs_HNN.to(value.dtype) @ value[row, first // group]
+        for rows_R in torch.arange(query.shape[2], device=query.device).split(_ROWS_AT_ONCE):
+            for first, probs_HRN in probabilities(
+                query[row], key[row], mask, rows_R, scaling=scaling, softcap=softcap
+            ):
+                last = first + len(probs_HRN)
+                out[row, first:last, rows_R] = (
+                    probs_HRN.to(value.dtype) @ value[row, first // group]
+                )
     return out.transpose(1, 2).contiguous(), None
 
 
+def sample_rows(length: int, most: int | None) -> Tensor:
+    """Return at most ``most`` positions below ``length``, evenly spread from first to last.
+
+    Args:
+        length: Tokens ``N``, at least 1.
+        most: Most positions, at least 2; None for all.
+
+    Returns:
+        ``[R]`` int64, ascending and unique, on the CPU.
+    """
+    if most is None or length <= most:
+        return torch.arange(length)
+    return torch.arange(most) * (length - 1) // (most - 1)
+
+
 def probabilities(
-    q_HND: Tensor, k_GND: Tensor, mask_NN: Tensor | None, *, scaling: float, softcap: float | None
+    q_HND: Tensor,
+    k_GND: Tensor,
+    mask_NN: Tensor | None,
+    rows_R: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield a sequence's attention maps in float32, at most 8 heads of one kv head at a time.
+    """Yield rows of a sequence's attention maps in float32, at most 8 heads of a kv head at once.
 
     Args:
         q_HND: ``[H, N, D]``.
         k_GND: ``[G, N, D]``.
         mask_NN: ``[N, N]`` bool, None for causal.
+        rows_R: ``[R]`` int64, the wanted rows; no other row is computed.
         scaling: Factor of the logits.
         softcap: See ``capture_attention``.
 
     Yields:
-        The first head's number and ``[h, N, N]`` float32.
+        The first head's number and ``[h, R, N]`` float32.
     """
     heads, size, _ = q_HND.shape
     group = heads // len(k_GND)
     if mask_NN is None:
-        mask_NN = torch.ones(size, size, dtype=torch.bool, device=q_HND.device).tril()
+        hidden_RN = rows_R[:, None] < torch.arange(size, device=q_HND.device)
+    else:
+        hidden_RN = ~mask_NN[rows_R]
+    q_HRD = q_HND[:, rows_R].float()
     for kv_head in range(len(k_GND)):
         k_DN = k_GND[kv_head].float().T
         for part in range(math.ceil(group / _HEADS_AT_ONCE)):
             first = kv_head * group + part * _HEADS_AT_ONCE
             last = min(first + _HEADS_AT_ONCE, (kv_head + 1) * group)
-            logits_HNN = (q_HND[first:last].float() @ k_DN).mul_(scaling)
+            logits_HRN = (q_HRD[first:last] @ k_DN).mul_(scaling)
             if softcap is not None:
-                logits_HNN = logits_HNN.div_(softcap).tanh_().mul_(softcap)
+                logits_HRN = logits_HRN.div_(softcap).tanh_().mul_(softcap)
             # The smallest number, not -inf: a row without any key stays finite, as in eager.
-            logits_HNN = logits_HNN.masked_fill_(~mask_NN, torch.finfo(torch.float32).min)
-            yield first, logits_HNN.softmax(-1)
+            logits_HRN = logits_HRN.masked_fill_(hidden_RN, torch.finfo(torch.float32).min)
+            yield first, logits_HRN.softmax(-1)

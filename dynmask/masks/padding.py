@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -85,11 +86,21 @@ class Padding:
 
     def runs(self, k_len: int) -> list[tuple[int, int]]:
         """Return ``(start, stop)`` of every batch row, cut to ``k_len`` slots."""
-        start, stop = self.start.tolist(), self.stop.tolist()
-        return [(min(a, k_len), min(b, k_len)) for a, b in zip(start, stop, strict=True)]
+        return [(min(a, k_len), min(b, k_len)) for a, b in self._runs]
+
+    @property
+    def end(self) -> int:
+        """One past the last real key slot of any row; 0 if there is none."""
+        return max((stop for _, stop in self._runs), default=0)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int]]:
+        # Read once: on a GPU each reading waits for the device, and every layer asks.
+        return list(zip(self.start.tolist(), self.stop.tolist(), strict=True))
 
     def to(self, device: torch.device | str) -> Padding:
         """Return the same padding on ``device``."""
+        _ = self._runs  # The copy takes over what is read here without waiting for the device.
         moved = object.__new__(Padding)
-        moved.__dict__.update(start=self.start.to(device), stop=self.stop.to(device))
+        moved.__dict__.update(vars(self), start=self.start.to(device), stop=self.stop.to(device))
         return moved

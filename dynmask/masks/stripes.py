@@ -185,7 +185,7 @@ class Stripes:
     def slots(self, first: int, last: int, k_len: int) -> Tensor:
         """Return ``[B or 1, H, last - first, k_len]`` bool: rows at key slots first to last - 1."""
         if self.padding is None:
-            return self._rows(first, last, k_len)[None]
+            return self._run_of_rows(first, last, k_len)[None]
         runs = self.padding.runs(k_len)
         out = torch.zeros(
             len(runs), self.heads, last - first, k_len, dtype=torch.bool, device=self.device
@@ -193,35 +193,57 @@ class Stripes:
         for b, (start, stop) in enumerate(runs):
             top, bottom = max(first, start), min(last, stop)
             if top < bottom:
-                out[b, :, top - first : bottom - first, start:stop] = self._rows(
+                out[b, :, top - first : bottom - first, start:stop] = self._run_of_rows(
                     top - start, bottom - start, stop - start
                 )
         return out
 
-    def _rows(self, first: int, last: int, k_len: int) -> Tensor:
-        """Return ``[H, last - first, k_len]`` bool for rows of one unpadded sequence."""
-        if self.merged_corner is not None and max(last, k_len) <= self.merged_corner.shape[1]:
-            return self.merged_corner[:, first:last, :k_len]
-        return self._build_rows(first, last, k_len)
+    def rows(self, positions: Tensor, k_len: int) -> Tensor:
+        """Return some rows of one sequence's mask; padding is left out of account.
 
-    def _build_rows(self, first: int, last: int, k_len: int) -> Tensor:
-        row = torch.arange(first, last, device=self.device)[:, None]
-        distance = row - torch.arange(k_len, device=self.device)
+        Args:
+            positions: ``[R]`` int64 on the mask's device, in ``[0, k_len)``, any order.
+            k_len: Tokens of the sequence.
+
+        Returns:
+            ``[H, R, k_len]`` bool.
+
+        Raises:
+            ValueError: If a position is no row of the sequence.
+        """
+        if positions.dim() != 1 or positions.dtype != torch.int64:
+            raise ValueError(
+                f"positions must be a 1-d int64 tensor, got {list(positions.shape)} "
+                f"{positions.dtype}"
+            )
+        if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < k_len:
+            raise ValueError(
+                f"positions must lie in [0, {k_len}), got {int(positions.min())} to "
+                f"{int(positions.max())}"
+            )
+        return self._build_rows(positions, k_len)
+
+    def _build_rows(self, positions: Tensor, k_len: int) -> Tensor:
+        distance = positions[:, None] - torch.arange(k_len, device=self.device)
         near = distance.clamp_min(0)
-        size = max(k_len, last)
         seen = torch.stack(
             [
-                _indicator(c, k_len) | _indicator(o, size)[near]
+                _indicator(c, k_len) | _indicator(o, k_len)[near]
                 for c, o in zip(self.columns, self.offsets, strict=True)
             ]
         )
         seen |= self.full_heads[:, None, None]
         if self.corner is not None:
-            bottom = min(last, self.corner.shape[1])
+            inside = (positions < self.corner.shape[1]).nonzero().flatten()
             right = min(k_len, self.corner.shape[1])
-            if first < bottom:
-                seen[:, : bottom - first, :right] |= self.corner[:, first:bottom, :right]
+            seen[:, inside, :right] |= self.corner[:, positions[inside], :right]
         return seen & (distance >= 0)
+
+    def _run_of_rows(self, first: int, last: int, k_len: int) -> Tensor:
+        """Return ``rows`` ``first`` to ``last - 1``, from the cache where the corner holds them."""
+        if self.merged_corner is not None and k_len <= self.merged_corner.shape[1]:
+            return self.merged_corner[:, first:last, :k_len]
+        return self._build_rows(torch.arange(first, last, device=self.device), k_len)
 
     def density(self, length: int) -> Tensor:
         """Return ``[H]`` float64: visible pairs over causal pairs of one sequence.
@@ -290,7 +312,8 @@ class Stripes:
         """``[H, L, L]`` bool: everything that rows ``i < L`` see, or None without a corner."""
         if self.corner is None:
             return None
-        return self._build_rows(0, self.corner.shape[1], self.corner.shape[1])
+        length = self.corner.shape[1]
+        return self._build_rows(torch.arange(length, device=self.device), length)
 
     @cached_property
     def _corner_extra(self) -> Tensor | None:
@@ -300,7 +323,10 @@ class Stripes:
         plain = copy.copy(self)
         object.__setattr__(plain, "corner", None)
         length = self.corner.shape[1]
-        extra = (self.merged_corner & ~plain._build_rows(0, length, length)).sum(2)
+        extra = (
+            self.merged_corner
+            & ~plain._build_rows(torch.arange(length, device=self.device), length)
+        ).sum(2)
         return torch.nn.functional.pad(extra.cumsum(1), (1, 0))
 
     @cached_property

@@ -31,6 +31,9 @@ def attention(
     and chunked prefill need no offset. Query head ``h`` reads key head ``h // (H / G)``; keys are
     never repeated. A row that sees no key gives 0, its log-sum-exp is -inf and its gradients are 0.
 
+    Hidden keys and values may hold anything with ``"reference"`` and ``"cpu"``. With ``"sdpa"``,
+    and so with ``"auto"``, they must be finite, as for torch's own function.
+
     Args:
         q: ``[B, H, Q, D]``, any strides; float16, bfloat16, float32 or float64.
         k: ``[B, G, K, D]`` with ``H % G == 0`` and ``Q <= K``.
@@ -165,13 +168,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Stripes | None, bias: Tensor |
         if mask.device != q.device:
             raise ValueError(f"mask is on {mask.device} but q on {q.device}: use mask.to(q.device)")
         if mask.padding is not None:
-            rows = len(mask.padding.start)
+            rows, end = len(mask.padding.start), mask.padding.end
             if rows != q.shape[0]:
                 raise ValueError(f"mask.padding has {rows} rows but the batch {q.shape[0]}")
-            if rows and int(mask.padding.stop.max()) > k.shape[2]:
+            if end > k.shape[2]:
                 raise ValueError(
-                    f"mask.padding ends at slot {int(mask.padding.stop.max())} but k has "
-                    f"{k.shape[2]} slots: build the padding from this call's attention mask"
+                    f"mask.padding ends at slot {end} but k has {k.shape[2]} slots: build the "
+                    "padding from this call's attention mask"
                 )
     if bias is not None:
         if bias.shape != k.shape[:3] or not bias.is_floating_point():

@@ -21,9 +21,12 @@ from dynmask.masks.schedule import Sequence, head_schedule, sequences
 from dynmask.ops import gather, reference, sdpa
 from dynmask.ops.stripes_head import Keys, attend_head
 
-# The schedule must promise this much less than the dense pairs before `auto` takes it: its many
+# The schedule must promise this much less than a dense kernel before `auto` takes it: its many
 # small calls cost time that pairs do not show. Measured by benchmarks/stripes_cpu.py.
 _MARGIN = 0.8
+# A dense kernel's pair under a mask that is not just causal: it cannot skip the future, and reads
+# the mask.
+_MASKED_PAIR = 2.0
 # What a head costs in calls, in dense pairs.
 _HEAD_PAIRS = 200_000
 
@@ -52,13 +55,16 @@ def pays(q: Tensor, k: Tensor, mask: Stripes) -> bool:
     """Tell whether the mask's schedule beats a dense kernel by the cost model.
 
     A deterministic rule: decode pays when the gathered keys are few beside the cache; prefill pays
-    when the schedule's cost plus a constant per head stays under 0.8 of the dense causal pairs.
+    when the schedule's cost plus a constant per head stays under 0.8 of what a dense kernel's
+    causal pairs cost, under the mask where it needs one.
     """
     q_len, k_len = q.shape[2], k.shape[2]
     if gather.fits(mask, q_len, k_len):
         return gather.pays(mask, q.shape[0], q_len, k_len)
     parts = sequences(mask, q_len, k_len)
-    dense = mask.heads * len(parts) * _causal_pairs(k_len - q_len, k_len)
+    plain = mask.all_full and mask.padding is None and q_len == k_len
+    pair = 1.0 if plain else _MASKED_PAIR
+    dense = pair * mask.heads * len(parts) * _causal_pairs(k_len - q_len, k_len)
     return sum(_cost(mask, part) for part in parts) < _MARGIN * dense
 
 
@@ -66,7 +72,7 @@ def _cost(mask: Stripes, part: Sequence) -> float:
     """Return the cost of one sequence in dense pairs."""
     edge = _corner_rows(mask, part)
     cost: float = int(mask.full_heads.sum()) * _causal_pairs(part.first, part.length)
-    cost += mask.heads * _causal_pairs(part.first, edge)
+    cost += mask.heads * _causal_pairs(part.first, edge) * _MASKED_PAIR
     for head in _striped_heads(mask):
         cost += _HEAD_PAIRS + head_schedule(mask, head).cost(edge, part.length)
     return cost
@@ -129,7 +135,7 @@ def attend(
     # What a caller would otherwise pay: views and in-place writes recorded for autograd.
     with torch.no_grad():
         if gather.fits(mask, q_len, k_len):
-            return gather.attend(q, k, v, mask, bias, scale)
+            return gather.attend(q, k, v, mask, bias, scale, return_lse)
         out = torch.zeros(q.shape, dtype=q.dtype)
         lse = None
         if return_lse:
@@ -168,6 +174,16 @@ def _sequence(
 ) -> None:
     """Fill ``out [H, Q, D]`` and ``lse [H, Q]`` for one sequence, ``k`` and ``v [G, K, D]``."""
     length = k.shape[1]
+    if not (_finite(k) and _finite(v)):
+        # A tile adds -inf to hidden logits and 0 times hidden values to sums, which hides finite
+        # numbers only. Rare, and a sign of trouble already: slow is good enough.
+        under = mask.unpadded
+        args = (None if bias is None else bias[None], scale, True)
+        part_out, part_lse = reference.attend(q[None], k[None], v[None], under, *args)
+        out.copy_(part_out[0])
+        if lse is not None:
+            lse.copy_(part_lse[0])
+        return
     part = Sequence(0, length - q.shape[1], length)
     edge = _corner_rows(mask, part)
     ratio = q.shape[0] // k.shape[0]
@@ -216,6 +232,11 @@ def _sequence(
                 out[head, edge - part.first :],
                 None if lse is None else lse[head, edge - part.first :],
             )
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is finite only if all are; float64, so that large half-precision values do not overflow.
+    return bool(tensor.sum(dtype=torch.float64).isfinite())
 
 
 def _striped_heads(mask: Stripes) -> list[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from dynmask.masks import Stripes
 from dynmask.ops.reference import accumulation_dtype
-from dynmask.ops.softmax import softmax_with_lse_
+from dynmask.ops.softmax import softmax_, softmax_with_lse_
 
 # Rows that are cheaper one by one than as a tile.
 _MAX_ROWS = 4
@@ -15,7 +17,78 @@ _MAX_ROWS = 4
 # reading so many keys. Measured by benchmarks/stripes_cpu.py.
 _GATHER = 4.0
 _CALL = 40_000
-_NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True, eq=False)
+class _Stencil:
+    """The keys of a row, as far as they do not depend on the row; striped heads only.
+
+    Attributes:
+        heads: ``[S]`` int64, the heads that are not full.
+        base: ``[S, C + R]`` int64: a column ``c`` as ``c``, an offset ``r`` as ``-r``; heads with
+            fewer are filled up with 0.
+        used: ``[S, C + R]`` bool, False where filled up.
+        columns: ``C``, how many of the width are columns.
+        is_column: ``[S, last column + 1]`` bool.
+        settled: First row that has every column before it, reaches back by every offset, and meets
+            no column by an offset: from here on a row sees ``used``.
+    """
+
+    heads: Tensor
+    base: Tensor
+    used: Tensor
+    columns: int
+    is_column: Tensor
+    settled: int
+
+    @classmethod
+    def build(cls, mask: Stripes) -> _Stencil:
+        heads = (~mask.full_heads).nonzero().flatten()
+        columns = [mask.columns[h] for h in heads.tolist()]
+        offsets = [mask.offsets[h] for h in heads.tolist()]
+        count, reach = max(map(len, columns)), max(map(len, offsets))
+        last = max((int(c[-1]) for c in columns if len(c)), default=-1)
+        base = torch.zeros(len(heads), count + reach, dtype=torch.int64)
+        used = torch.zeros(base.shape, dtype=torch.bool)
+        is_column = torch.zeros(len(heads), last + 1, dtype=torch.bool)
+        for at, (c, r) in enumerate(zip(columns, offsets, strict=True)):
+            base[at, : len(c)] = c
+            base[at, count : count + len(r)] = -r
+            used[at, : len(c)] = True
+            used[at, count : count + len(r)] = True
+            is_column[at, c] = True
+        settled = last + 1 + max(int(r[-1]) for r in offsets)
+        return cls(heads, base, used, count, is_column, settled)
+
+    def keys(self, slot: int, starts: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Return the key slots ``[B or 1, S, C + R]`` of one row, and which of them it sees.
+
+        Args:
+            slot: The row's key slot.
+            starts: Each sequence's first slot, 0 to ``slot``; one where all are alike.
+
+        Returns:
+            Slots, the row's own where it sees none; and bool of that shape, None for all.
+        """
+        start = torch.tensor(starts)[:, None, None]
+        slots = self.base.repeat(len(starts), 1, 1)
+        slots[..., : self.columns] += start
+        slots[..., self.columns :] += slot
+        if slot - max(starts) >= self.settled:
+            if bool(self.used.all()):
+                return slots, None
+            seen = self.used.expand(slots.shape)
+        else:
+            seen = self.used & (slots >= start) & (slots <= slot)
+            if self.columns:
+                # A key that is a column already is not gathered again as an offset.
+                near = slots[..., self.columns :] - start
+                inside = (near >= 0) & (near < self.is_column.shape[1])
+                places = near.clamp(0, self.is_column.shape[1] - 1)
+                taken = self.is_column.expand(len(starts), -1, -1).gather(2, places) & inside
+                seen[..., self.columns :] &= ~taken
+        # The own slot, which the row does see, so that no hidden value enters by 0 * inf.
+        return slots.masked_fill_(~seen, slot), seen
 
 
 def fits(mask: Stripes, q_len: int, k_len: int) -> bool:
@@ -24,31 +97,41 @@ def fits(mask: Stripes, q_len: int, k_len: int) -> bool:
         return False
     if mask.corner is None:
         return True
-    start = 0 if mask.padding is None else int(mask.padding.start.max())
+    start = 0
+    if mask.padding is not None:
+        start = max((start for start, _ in mask.padding.runs(k_len)), default=0)
     return k_len - q_len - start >= mask.corner.shape[1]
 
 
 def pays(mask: Stripes, batch: int, q_len: int, k_len: int) -> bool:
     """Tell whether gathering costs less than a dense kernel that reads every key."""
-    striped = mask.heads - int(mask.full_heads.sum())
-    width = sum(table.shape[1] for table in _tables(mask, k_len - 1))
-    rows = batch * q_len * striped
-    return q_len * _CALL + rows * width * _GATHER < rows * k_len
+    stencil = _stencil(mask)
+    if stencil is None:
+        return False
+    rows = batch * q_len * len(stencil.heads)
+    return q_len * _CALL + rows * stencil.base.shape[1] * _GATHER < rows * k_len
 
 
 def computed_pairs(mask: Stripes, q_len: int, k_len: int) -> Tensor:
     """Return ``[B, H]`` int64: keys gathered for ``q_len`` rows; full heads count causal pairs."""
-    columns, offsets = _tables(mask, k_len - 1)
-    pairs = torch.full((mask.heads,), q_len * (columns.shape[1] + offsets.shape[1]))
-    pairs[mask.full_heads.cpu()] = q_len * k_len - q_len * (q_len - 1) // 2
+    pairs = torch.full((mask.heads,), q_len * k_len - q_len * (q_len - 1) // 2)
+    stencil = _stencil(mask)
+    if stencil is not None:
+        pairs[stencil.heads] = q_len * stencil.base.shape[1]
     batch = 1 if mask.padding is None else len(mask.padding.start)
     return pairs.expand(batch, -1).clone()
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Stripes, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend row by row.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Stripes,
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend row by row, all heads and sequences at once.
 
     Args:
         q: ``[B, H, Q, D]``, few rows.
@@ -57,72 +140,71 @@ def attend(
         mask: What each head sees.
         bias: ``[B, G, K]`` or None.
         scale: Factor of the logits.
+        return_lse: Whether to compute the log-sum-exp.
 
     Returns:
-        ``[B, H, Q, D]`` in q's dtype and ``[B, H, Q]`` in the accumulation dtype.
+        ``[B, H, Q, D]`` in q's dtype and ``[B, H, Q]`` in the accumulation dtype or None.
     """
     work = accumulation_dtype(q.dtype)
-    batch, _, q_len, _ = q.shape
+    heads, q_len = q.shape[1:3]
     k_len = k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=work)
-    start = torch.zeros(batch, dtype=torch.int64)
-    stop = torch.full_like(start, k_len)
-    if mask.padding is not None:
-        start, stop = mask.padding.start, mask.padding.stop
-    striped = (~mask.full_heads).nonzero().flatten()
+    lse = torch.empty(q.shape[:3], dtype=work) if return_lse else None
+    runs = [(0, k_len)] if mask.padding is None else mask.padding.runs(k_len)
+    stencil = _stencil(mask)
     for at in range(q_len):
         slot = k_len - q_len + at
-        live = (start <= slot) & (slot < stop)
+        # A row of padding is computed as the only token of its sequence, and dropped after.
+        dead = [not start <= slot < stop for start, stop in runs]
+        starts = [slot if d else start for d, (start, _) in zip(dead, runs, strict=True)]
+        if len(set(starts)) == 1:
+            starts = starts[:1]
         row = q[:, :, at].to(work) * scale
-        if len(striped):
-            keys, seen = _visible(mask, striped, slot - start)
-            slots = (keys + start[:, None, None]).clamp(0, k_len - 1)
-            seen &= live[:, None, None]
-            out[:, striped, at], lse[:, striped, at] = _gathered(
-                row[:, striped], k, v, bias, slots, seen, striped // (q.shape[1] // k.shape[1])
+        if stencil is not None:
+            chosen = slice(None) if len(stencil.heads) == heads else stencil.heads
+            slots, seen = stencil.keys(slot, starts)
+            groups = stencil.heads // (heads // k.shape[1])
+            part, part_lse = _gathered(row[:, chosen], k, v, bias, slots, seen, groups, return_lse)
+            out[:, chosen, at] = part.to(q.dtype)
+            if lse is not None and part_lse is not None:
+                lse[:, chosen, at] = part_lse
+        if stencil is None or len(stencil.heads) < heads:
+            _full_heads(
+                row,
+                k,
+                v,
+                bias,
+                mask,
+                slot,
+                starts,
+                out[:, :, at],
+                None if lse is None else lse[:, :, at],
             )
-        if len(striped) < mask.heads:
-            _full_heads(row, k, v, bias, mask, start, live, slot, out[:, :, at], lse[:, :, at])
+        if any(dead):
+            out[torch.tensor(dead), :, at] = 0
+            if lse is not None:
+                lse[torch.tensor(dead), :, at] = float("-inf")
     return out, lse
 
 
-def _tables(mask: Stripes, last: int) -> tuple[Tensor, Tensor]:
-    """Return ``[H, C]`` columns and ``[H, R]`` offsets up to ``last``, padded by a huge number."""
-    if "tables" not in mask.derived:
-        mask.derived["tables"] = (_pad(mask.columns, mask), _pad(mask.offsets, mask))
-    columns, offsets = mask.derived["tables"]
-    return _cut(columns, last), _cut(offsets, last)
+def _stencil(mask: Stripes) -> _Stencil | None:
+    """Return the mask's stencil, built once; None if every head is full."""
+    if mask.all_full:
+        return None
+    if "stencil" not in mask.derived:
+        mask.derived["stencil"] = _Stencil.build(mask)
+    stencil: _Stencil = mask.derived["stencil"]
+    return stencil
 
 
-def _pad(positions: tuple[Tensor, ...], mask: Stripes) -> Tensor:
-    used = [p.new_empty(0) if f else p for p, f in zip(positions, mask.full_heads, strict=True)]
-    # At least one column, so that a search in the table always has something to compare with.
-    table = torch.full((mask.heads, max(1, *map(len, used))), _NEVER)
-    for head, p in enumerate(used):
-        table[head, : len(p)] = p.cpu()
-    return table
-
-
-def _cut(table: Tensor, last: int) -> Tensor:
-    used = int((table <= last).sum(1).max())
-    return table[:, : max(1, used)]
-
-
-def _visible(mask: Stripes, heads: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Return positions and visibility ``[B, heads, C + R]`` for rows at positions ``row [B]``."""
-    columns, offsets = _tables(mask, max(0, int(row.max())))
-    columns, offsets = columns[heads], offsets[heads]
-    row = row[:, None, None]
-    near = row - offsets
-    batch = len(row)
-    # A key that is a column already is not gathered again as an offset.
-    wanted = near.transpose(0, 1).reshape(len(heads), -1).contiguous()
-    found = torch.searchsorted(columns, wanted).clamp_max(columns.shape[1] - 1)
-    taken = (columns.gather(1, found) == wanted).view(len(heads), batch, -1).transpose(0, 1)
-    seen = torch.cat([(columns <= row).expand(batch, -1, -1), (near >= 0) & ~taken], -1)
-    positions = torch.cat([columns.expand(batch, -1, -1), near], -1)
-    return positions.masked_fill(~seen, 0), seen
+def _weights(logits: Tensor, seen: Tensor | None, exact: bool) -> Tensor | None:
+    """Turn logits into weights in place; ``exact``: rows may be empty, or the lse is wanted."""
+    if seen is not None:
+        logits.masked_fill_(~seen, float("-inf"))
+    if exact:
+        return softmax_with_lse_(logits)
+    softmax_(logits)
+    return None
 
 
 def _gathered(
@@ -131,20 +213,21 @@ def _gathered(
     v: Tensor,
     bias: Tensor | None,
     slots: Tensor,
-    seen: Tensor,
+    seen: Tensor | None,
     groups: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Attend ``row [B, heads, D]`` to the keys at ``slots [B, heads, n]``."""
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend ``row [B, S, D]`` to the keys at ``slots [B or 1, S, n]``."""
     logits = (_take(k, groups, slots).to(row.dtype) @ row[..., None])[..., 0]
     if bias is not None:
         logits += bias[torch.arange(len(row))[:, None, None], groups[:, None], slots]
-    lse = softmax_with_lse_(logits.masked_fill_(~seen, float("-inf")))
+    lse = _weights(logits, seen, return_lse or bias is not None)
     out = logits[..., None, :] @ _take(v, groups, slots).to(row.dtype)
-    return out[..., 0, :].to(k.dtype), lse
+    return out[..., 0, :], lse
 
 
 def _take(source: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
-    """Return ``source[b, groups[h], slots[b, h, n]]`` as ``[B, heads, n, D]``.
+    """Return ``source[b, groups[h], slots[b or 0, h, n]]`` as ``[B, S, n, D]``.
 
     Whole rows are copied, many times faster than by indexing in three dimensions; the cache's
     memory is read as one list of rows, whatever the order of its dimensions.
@@ -156,7 +239,7 @@ def _take(source: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
     count = 1 + sum((n - 1) * s for n, s in zip(source.shape[:3], sizes, strict=True))
     rows = source.as_strided((count, dim), (dim, 1))
     head = torch.arange(batch)[:, None] * sizes[0] + groups * sizes[1]
-    index = slots * sizes[2] + head[..., None]
+    index = torch.add(head[..., None], slots, alpha=sizes[2])
     return rows.index_select(0, index.flatten()).view(*index.shape, dim)
 
 
@@ -166,23 +249,26 @@ def _full_heads(
     v: Tensor,
     bias: Tensor | None,
     mask: Stripes,
-    start: Tensor,
-    live: Tensor,
     slot: int,
+    starts: list[int],
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
 ) -> None:
     """Attend the full heads, group by group: their keys are read in place, not copied."""
     ratio = mask.heads // k.shape[1]
-    place = torch.arange(slot + 1)
-    seen = (place >= start[:, None]) & live[:, None]
+    full = mask.full_heads.tolist()
+    # Sequences that start alike run together; the others one by one, so that none reads padding.
+    parts = [slice(None)] if len(starts) == 1 else [slice(b, b + 1) for b in range(len(starts))]
     for group in range(k.shape[1]):
-        heads = mask.full_heads[group * ratio : (group + 1) * ratio].nonzero().flatten()
-        if not len(heads):
+        heads = [h for h in range(group * ratio, (group + 1) * ratio) if full[h]]
+        if not heads:
             continue
-        heads = heads + group * ratio
-        logits = row[:, heads] @ k[:, group, : slot + 1].to(row.dtype).transpose(1, 2)
-        if bias is not None:
-            logits += bias[:, group, None, : slot + 1]
-        lse[:, heads] = softmax_with_lse_(logits.masked_fill_(~seen[:, None], float("-inf")))
-        out[:, heads] = (logits @ v[:, group, : slot + 1].to(row.dtype)).to(out.dtype)
+        for b, start in zip(parts, starts, strict=True):
+            place = slice(start, slot + 1)
+            logits = row[b, heads] @ k[b, group, place].to(row.dtype).transpose(1, 2)
+            if bias is not None:
+                logits += bias[b, group, None, place]
+            part_lse = _weights(logits, None, lse is not None or bias is not None)
+            out[b, heads] = (logits @ v[b, group, place].to(row.dtype)).to(out.dtype)
+            if lse is not None and part_lse is not None:
+                lse[b, heads] = part_lse

@@ -103,6 +103,20 @@ def _block(
     weights = (logits - top.masked_fill(empty, 0)).exp()
     total = weights.sum(-1, keepdim=True).masked_fill(empty, 1)
     out = weights.view(batch, groups, -1, k_len) @ v.to(work)
+    if not bool(v.isfinite().all()):
+        out = _without_hidden(weights, seen, v.to(work))
     out = out.view(batch, heads, rows, dim) / total
     lse = (top + total.log()).squeeze(-1)
     return out.to(q.dtype), lse
+
+
+def _without_hidden(weights: Tensor, seen: Tensor, v: Tensor) -> Tensor:
+    """Return ``weights @ v`` for values that are not all finite: a hidden one adds 0, not 0 * inf.
+
+    Where a row sees such a value the result is NaN in that dimension.
+    """
+    groups, k_len = v.shape[1:3]
+    finite = v.isfinite()
+    out = weights.view(len(v), groups, -1, k_len) @ v.masked_fill(~finite, 0)
+    shown = seen.expand(weights.shape).to(v.dtype).view(len(v), groups, -1, k_len)
+    return out.masked_fill(shown @ (~finite).to(v.dtype) > 0, float("nan"))

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynmask.masks import Stripes
+from dynmask.masks import Padding, Stripes
 from dynmask.ops.reference import causal_slots
+from dynmask.ops.rows import dense_rows
 
-# Mask cells alive at once.
+# Mask cells alive at once, so that memory stays bounded. CPU kernels copy the mask as floats, and
+# are fastest where that copy stays in the cache; a GPU wants large launches.
 _CELLS = 1 << 25
+_CPU_CELLS = 1 << 20
 
 
 def supports(
@@ -39,6 +42,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with ``is_causal`` where that is the mask, else under dense masks, rows in blocks.
 
+    Masked keys and values must be finite, as in torch: its kernels compute and discard them.
+
     Args:
         q: ``[B, H, Q, D]``.
         k: ``[B, G, K, D]``.
@@ -60,7 +65,8 @@ def attend(
             q, k, v, is_causal=q_len > 1, scale=scale, enable_gqa=gqa
         )
         return out, None
-    rows = max(1, _CELLS // (batch * heads * k_len))
+    cells = _CPU_CELLS if q.device.type == "cpu" else _CELLS
+    rows = max(1, cells // max(1, batch * heads * k_len))
     blocks = []
     for top in range(0, q_len, rows):
         first = k_len - q_len + top
@@ -68,33 +74,41 @@ def attend(
         if mask is None:
             seen = causal_slots(first, last, last, q.device)
         else:
-            seen = mask.slots(first, last, k_len)[..., :last]
-        given, empty = _mask_and_empty(seen, bias, q, groups, last)
+            seen = dense_rows(mask, first, last, last)
+        empty = None if mask is None else _outside(mask.padding, first, last)
+        if bias is not None:
+            seen, empty = _with_bias(seen, bias[:, :, :last], q)
+        elif empty is not None:
+            seen |= empty[..., None]
         out = functional.scaled_dot_product_attention(
             q[:, :, top : top + rows],
             k[:, :, :last],
             v[:, :, :last],
-            attn_mask=given,
+            attn_mask=seen,
             scale=scale,
             enable_gqa=gqa,
         )
         blocks.append(out if empty is None else out.masked_fill(empty[..., None], 0))
-    return torch.cat(blocks, 2), None
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2), None
 
 
-def _mask_and_empty(
-    seen: Tensor, bias: Tensor | None, q: Tensor, groups: int, k_len: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return SDPA's mask and ``[.., H, rows]`` bool of empty rows, which get a harmless mask.
+# Kernels differ in what they make of a row without keys (NaN, a mean, 0), so none gets one: such
+# rows see everything, and what comes out is replaced by 0.
 
-    Kernels differ in what they make of a row without keys (NaN, a mean, 0), so none gets one.
-    """
-    if bias is None:
-        empty = ~seen.any(-1)
-        if not bool(empty.any()):
-            return seen, None
-        return seen | empty[..., None], empty
-    per_head = bias[:, :, :k_len].to(q.dtype).repeat_interleave(q.shape[1] // groups, 1)
-    given = per_head[:, :, None].masked_fill(~seen, float("-inf"))
-    empty = (given == float("-inf")).all(-1)
-    return given.masked_fill(empty[..., None], 0), empty
+
+def _outside(padding: Padding | None, first: int, last: int) -> Tensor | None:
+    """Return ``[B, 1, rows]`` bool, the rows at padding slots, or None if there is none."""
+    if padding is None:
+        return None
+    if all(start <= first and last <= stop for start, stop in padding.runs(last)):
+        return None
+    slot = torch.arange(first, last, device=padding.start.device)
+    return ((slot < padding.start[:, None]) | (slot >= padding.stop[:, None]))[:, None]
+
+
+def _with_bias(seen: Tensor, bias: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``[B, H, rows, K]`` to be added to the logits, and ``[B, H, rows]`` empty rows."""
+    per_head = bias.to(q.dtype).repeat_interleave(q.shape[1] // bias.shape[1], 1)
+    added = per_head[:, :, None].masked_fill(~seen, float("-inf"))
+    empty = (added == float("-inf")).all(-1)
+    return added.masked_fill(empty[..., None], 0), empty

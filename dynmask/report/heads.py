@@ -80,7 +80,7 @@ def head_views(plan: MaskPlan) -> list[HeadView]:
 
 
 def overview(views: Sequence[HeadView]) -> str:
-    """Return the grid layers x heads: tail coverage as figure and colour, dense heads framed."""
+    """Return the grid layers x heads: coverage as figure and colour, dense heads framed."""
     heads = max(view.head for view in views) + 1
     rows = []
     for layer in dict.fromkeys(view.layer for view in views):
@@ -88,13 +88,13 @@ def overview(views: Sequence[HeadView]) -> str:
         for view in (v for v in views if v.layer == layer):
             gate = "dense" if view.dense else "static"
             words = (
-                f"Layer {layer}, head {view.head}: worst rows {percent(view.tail_coverage)} %, "
-                f"all rows {percent(view.coverage)} %, {gate}"
+                f"Layer {layer}, head {view.head}: {percent(view.coverage)} %, "
+                f"worst rows {percent(view.tail_coverage)} %, {gate}"
             )
             cells.append(
                 f'<td><a href="#{view.anchor}" class="cell {gate}" '
-                f'style="--share:{100 * view.tail_coverage:.1f}%" '
-                f'title="{words}" aria-label="{words}">{percent(view.tail_coverage, 0)}</a></td>'
+                f'style="--share:{100 * view.coverage:.1f}%" '
+                f'title="{words}" aria-label="{words}">{percent(view.coverage, 0)}</a></td>'
             )
         rows.append(f'<tr><th scope="row">{layer}</th>{"".join(cells)}</tr>')
     head = "".join(f'<th scope="col">{index}</th>' for index in range(heads))
@@ -113,9 +113,9 @@ def panels(views: Sequence[HeadView]) -> str:
 def _panel(view: HeadView) -> str:
     facts = [
         ("gate", "dense" if view.dense else "static"),
-        ("coverage, all rows", f"{percent(view.coverage)} %"),
+        ("coverage", f"{percent(view.coverage)} %"),
         ("coverage, worst tenth", f"{percent(view.tail_coverage)} %"),
-        ("coverage with the corner", f"{percent(view.corner_coverage)} %"),
+        ("coverage inside the corner", f"{percent(view.corner_coverage)} %"),
         ("columns", number(view.columns, 0)),
         ("offsets", number(view.offsets, 0)),
         ("density at capture length", f"{percent(view.density)} %"),

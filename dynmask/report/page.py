@@ -28,9 +28,9 @@ and largest. Below 1 the mode is slower than the baseline. What a mask costs to 
 length is part of the mode’s time."""
 
 _COVERAGE = """<b>Coverage</b> is the share of a head’s attention on held-out calibration text that
-its columns and offsets keep. The grid gives it in percent over the worst tenth of the rows, which
-the gate compares with the target of {target}&nbsp;%: a framed cell is a head that the gate runs
-dense. Rows are layers, columns are heads. Choose a cell to see its maps."""
+its columns and offsets keep, on average over {rows}. The gate compares it with the target of
+{target}&nbsp;%: a framed cell is a head that the gate runs dense. Rows are layers, columns are
+heads. Choose a cell to see its maps."""
 
 _MAPS = """The first {length} tokens: rows are queries (from the top), columns are keys (from the
 left). Each pixel shows the largest value it stands for. A mask’s visible pairs are blue."""
@@ -53,7 +53,7 @@ def build_page(plan: MaskPlan, results: Results | None = None) -> str:
         _header(model, results),
         _summary(views),
         _measured(results),
-        _overview(views, plan.settings.coverage),
+        _overview(views, plan),
         _heads(views, plan.settings.capture_length),
         _settings(plan, results),
     ]
@@ -93,7 +93,7 @@ def _summary(views: Sequence[HeadView]) -> str:
     figures = [
         (f"{layers} × {len(views) // layers}", "layers × heads"),
         (f"{dense} of {len(views)}", "heads gated to dense"),
-        (f"{percent(mean([v.coverage for v in views]))} %", "mean coverage, all rows"),
+        (f"{percent(mean([v.coverage for v in views]))} %", "mean coverage"),
         (f"{percent(mean([v.density for v in views]))} %", "static density, capture length"),
         (
             f"{percent(mean([v.density_long for v in views]))} %",
@@ -123,10 +123,16 @@ def _measured(results: Results | None) -> str:
     return "".join(parts)
 
 
-def _overview(views: Sequence[HeadView], target: float) -> str:
+def _overview(views: Sequence[HeadView], plan: MaskPlan) -> str:
+    captured, measured = plan.settings.capture_length, plan.data["holdout_length"]
+    rows = f"the rows past the first {number(captured, 0)} tokens of texts of {number(measured, 0)}"
+    if measured <= captured:
+        # As `dynmask.dam.Coverage` says: nothing longer was held out.
+        rows = f"the second half of texts of {number(measured, 0)} tokens"
+    words = _COVERAGE.format(target=percent(plan.settings.coverage, 0), rows=rows)
     return (
         '<section id="overview"><h2>Heads</h2>'
-        f"<p>{_COVERAGE.format(target=percent(target, 0))}</p>{overview(views)}"
+        f"<p>{words}</p>{overview(views)}"
         '<p class="legend"><span class="swatch static"></span> static '
         '<span class="swatch dense"></span> dense <span class="ramp coverage"></span> '
         "coverage 0 to 100\u00a0%</p></section>"

@@ -1,11 +1,12 @@
-"""Training sequences that teach retrieval: text, text with needles, line records, key-value lists.
+"""Training sequences that teach retrieval: text, needles in text, line records, key-value lists.
 
-Every maker fills exactly ``length`` tokens and gives each token a loss weight, so that answers count
+Every maker fills exactly ``size`` tokens and gives each token a loss weight, so that answers count
 much and random numbers, which nothing can predict, count little.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,13 @@ from dynmask.train.corpus import Corpus
 from dynmask.train.templates import CUT, Key, Piece, TemplateWriter, flatten, length
 
 Sequence = tuple[np.ndarray, np.ndarray]
+"""Ids ``[size]`` int64 and weights ``[size]`` fp32."""
 
 KINDS = ("text", "needles", "lines", "pairs")
+"""The kinds of sequences: methods of `Sequences` and shares in a `Mixture`."""
+
+MIN_WORDS = 1000
+"""Fewer key words would let a model learn the keys instead of looking them up."""
 
 KEY, VALUE = "{key}", "{value}"
 LINE = prompts.record_line(KEY, VALUE)
@@ -44,15 +50,21 @@ PAIR_QUESTION = '\nKey: "{key}"\nCorresponding value: "{value}"'
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the sequence kinds and the weights of their tokens.
+    """Shares of the sequence kinds and the weights of their tokens; all other tokens weigh 1.
 
     Attributes:
-        text, needles, lines, pairs: shares, normalised to one.
+        text: share of running text; the four shares are normalised to one.
+        needles: share of text with needles.
+        lines: share of LongEval records.
+        pairs: share of key-value lists.
         answer: loss weight of an answer.
         noise: loss weight of a random number where it is first written.
         key: loss weight of a key: random too, but made of words.
         questions: fewest and most questions in a record.
         inserted: fewest and most needles in a text.
+
+    Raises:
+        ValueError: a share or a weight is negative, all shares are zero, or a range is no range.
     """
 
     text: float = 0.30
@@ -66,9 +78,19 @@ class Mixture:
     inserted: tuple[int, int] = (1, 16)
 
     def __post_init__(self) -> None:
-        shares = (self.text, self.needles, self.lines, self.pairs)
-        if min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(f"mixture: shares must be >= 0 and not all zero, got {shares}")
+        for name in (*KINDS, "answer", "noise", "key"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"mixture: {name}={getattr(self, name)} must be a number of at least 0"
+                )
+        if not any(getattr(self, kind) for kind in KINDS):
+            raise ValueError(f"mixture: one of the shares {', '.join(KINDS)} must be over 0")
+        for name in ("questions", "inserted"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
+                raise ValueError(
+                    f"mixture: {name}={bounds} must be two numbers, fewest (at least 1) and most"
+                )
 
 
 class Sequences:
@@ -76,7 +98,7 @@ class Sequences:
 
     Args:
         corpus: tokenised text and the words that keys are made of.
-        tokenizer: the model's tokenizer.
+        tokenizer: the one that the corpus was tokenised with.
         mixture: shares and weights.
 
     Raises:
@@ -86,9 +108,10 @@ class Sequences:
     def __init__(
         self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, mixture: Mixture
     ) -> None:
-        if len(corpus.words) < 1000:
+        if len(corpus.words) < MIN_WORDS:
             raise ValueError(
-                f"data: {len(corpus.words)} key words found, 1000 needed; give more text"
+                f"data: {len(corpus.words)} key words (3 to 10 letters, 5 times or more) found, "
+                f"{MIN_WORDS} needed; give more text"
             )
         self.corpus, self.mixture = corpus, mixture
         self._write = TemplateWriter(tokenizer)
@@ -98,12 +121,18 @@ class Sequences:
     def batch(
         self, rng: np.random.Generator, rows: int, size: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw ``rows`` sequences.
+        """Draw ``rows`` sequences of ``size`` tokens.
+
+        A kind that finds no room in ``size`` tokens gives running text instead.
 
         Returns:
             ids ``[rows, size]`` int64, weights ``[rows, size]`` fp32 (a weight stands at the token
             whose prediction it weighs), and kinds ``[rows]``, indices into ``KINDS``.
+
+        Raises:
+            ValueError: the corpus is shorter than ``size``.
         """
+        self.corpus.require(size)
         shares = np.array([getattr(self.mixture, kind) for kind in KINDS])
         kinds = rng.choice(len(KINDS), size=rows, p=shares / shares.sum())
         ids = np.empty((rows, size), dtype=np.int64)
@@ -123,12 +152,9 @@ class Sequences:
         # One record in eight has a single question, as the evaluation asks it.
         wanted = 1 if rng.random() < 0.125 else self._questions(rng, size)
         head = self._write.pieces(prompts.LINES_HEADER)
-        body, seen = self._record(
-            rng,
-            size - length(head) - 40 * wanted - 60,
-            template=LINE,
-            digits=None,
-        )
+        # A question takes fewer than 40 tokens, the long official text 60 more.
+        room = size - length(head) - 40 * wanted - 60
+        body, seen = self._record(rng, room, template=LINE, digits=None)
         if not seen:
             return self.text(rng, size)
         asked: list[Piece] = []
@@ -144,12 +170,9 @@ class Sequences:
         m = self.mixture
         wanted = self._questions(rng, size) // 2 + 1
         head = self._write.pieces("JSON data:\n{")
-        body, seen = self._record(
-            rng,
-            size - length(head) - 36 * wanted - 20,
-            template=PAIR_LINE,
-            digits=int(rng.choice([4, 5, 6, 8])),
-        )
+        room = size - length(head) - 36 * wanted - 20
+        digits = int(rng.choice([4, 5, 6, 8]))
+        body, seen = self._record(rng, room, template=PAIR_LINE, digits=digits)
         if not seen:
             return self.text(rng, size)
         asked = self._write.pieces("}\n")
@@ -169,9 +192,7 @@ class Sequences:
         facts = [(self._name(rng, city), self._number(rng, 7)) for _ in range(count)]
         asked: list[Piece] = []
         for index in rng.permutation(count)[: int(rng.integers(1, count + 1))]:
-            asked += self._write.pieces(
-                question + ".", *facts[index], value_weight=m.answer
-            )
+            asked += self._write.pieces(question + ".", *facts[index], value_weight=m.answer)
         inserts = [
             self._write.pieces(needle, *fact, key_weight=m.key, value_weight=m.noise)
             for fact in facts
@@ -204,9 +225,7 @@ class Sequences:
             if key in seen:
                 continue
             value = self._number(rng, digits)
-            line = self._write.pieces(
-                template, key, value, key_weight=m.key, value_weight=m.noise
-            )
+            line = self._write.pieces(template, key, value, key_weight=m.key, value_weight=m.noise)
             room -= length(line)
             if room < 0:
                 break
@@ -215,7 +234,7 @@ class Sequences:
         return body, list(seen.items())
 
     def _questions(self, rng: np.random.Generator, size: int) -> int:
-        """Log-uniform between the fewest and the most, and no more than a third of the tokens."""
+        """Log-uniform between the fewest and the most, and at most one in 64 tokens."""
         low, high = self.mixture.questions
         return max(1, min(int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))), size // 64))
 
@@ -225,6 +244,7 @@ class Sequences:
         return self._write.number(int(rng.integers(low, high)))
 
     def _name(self, rng: np.random.Generator, city: bool) -> Key:
+        """A needle's key: one or two capitalised words, or two joined by a hyphen."""
         first, second = (self.corpus.words[i] for i in rng.integers(0, len(self.corpus.words), 2))
         if not city:
             return self._write.key(first, second)
@@ -244,7 +264,10 @@ class Sequences:
         return self.corpus.tokens[start : start + size].astype(np.int64)
 
     def _fill(self, rng: np.random.Generator, pieces: list[Piece], size: int) -> Sequence:
-        """Close the pieces with the end token; running text in front fills up to ``size``."""
+        """Close the pieces with the end token; running text in front fills up to ``size``.
+
+        Pieces that are too long lose their start.
+        """
         ids, weights = flatten([*pieces, ([self._end], 1.0)])
         missing = size - len(ids)
         if missing <= 0:

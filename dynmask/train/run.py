@@ -3,136 +3,35 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
+import os
+import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from dynmask.train.mixture import KINDS, Sequences
+from dynmask.train.mixture import Sequences
 from dynmask.train.recipe import Recipe
-
-log = logging.getLogger(__name__)
-
-
-class Steps(Dataset):
-    """Item ``n`` is the whole batch of optimizer step ``n``, drawn from ``(seed, n)`` alone.
-
-    So a resumed run sees the batches that it would have seen.
-    """
-
-    def __init__(self, sequences: Sequences, recipe: Recipe) -> None:
-        self.sequences, self.recipe = sequences, recipe
-
-    def __len__(self) -> int:
-        return self.recipe.steps
-
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        length = self.recipe.length_at(step)
-        rng = np.random.default_rng((self.recipe.seed, step))
-        ids, weights, kinds = self.sequences.batch(rng, self.recipe.tokens_per_step // length, length)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "weights": torch.from_numpy(weights),
-            "kinds": torch.from_numpy(kinds),
-        }
-
-
-def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean of the next-token losses.
-
-    ``sum_t w[t+1] * -log p(ids[t+1] | ids[..t]) / sum_t w[t+1]``
-
-    Args:
-        logits: ``[B, N, V]``.
-        ids: ``[B, N]`` int64.
-        weights: ``[B, N]``, the weight of predicting the token that stands there.
-    """
-    # Rolling the targets spares a copy of the logits, which slicing off the last row would make.
-    targets = ids.roll(-1, dims=1)
-    weights = weights.roll(-1, dims=1).clone()
-    weights[:, -1] = 0.0
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum()
-
-
-def answer_accuracy(
-    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *, answer: float
-) -> torch.Tensor:
-    """Share of answer tokens that are the arg max, for each row ``[B]`` (NaN without answers)."""
-    asked = weights[:, 1:] == answer
-    hit = (logits[:, :-1].argmax(-1) == ids[:, 1:]) & asked
-    return hit.sum(1) / asked.sum(1)
-
-
-class WeightedTrainer(Trainer):
-    """Trainer with the weighted loss, batches in order, and answer accuracy in its log."""
-
-    def __init__(self, *args: Any, recipe: Recipe, compiled: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.recipe = recipe
-        self._loss = torch.compile(weighted_loss) if compiled else weighted_loss
-        self._accuracy: dict[str, float] = {}
-
-    def _get_train_sampler(self, *args: Any) -> Sampler:
-        return SequentialSampler(self.train_dataset)
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        """The weighted loss; the mean over the batch does not depend on ``num_items_in_batch``."""
-        ids, weights = inputs["input_ids"], inputs["weights"]
-        outputs = model(input_ids=ids, use_cache=False)
-        loss = self._loss(outputs.logits, ids, weights)
-        if (self.state.global_step + 1) % self.args.logging_steps == 0:
-            rows = answer_accuracy(
-                outputs.logits.detach(), ids, weights, answer=self.recipe.mixture.answer
-            )
-            for number, kind in enumerate(KINDS):
-                value = rows[inputs["kinds"] == number].nanmean().item()
-                if value == value:
-                    self._accuracy[f"answers_{kind}"] = round(value, 4)
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the accuracy of answers and the sequence length."""
-        step = max(self.state.global_step - 1, 0)
-        extra = {"length": self.recipe.length_at(min(step, self.recipe.steps - 1))}
-        super().log({**logs, **extra, **self._accuracy}, *args, **kwargs)
-
-
-class Stop(TrainerCallback):
-    """Saves and stops after so many minutes; the run resumes from there."""
-
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Ask for a checkpoint and a stop once the time is up."""
-        if time.monotonic() > self.end:
-            control.should_save = control.should_training_stop = True
-        return control
+from dynmask.train.trainer import Steps, TimeLimit, WeightedTrainer, only_item
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A freshly initialised model of the recipe's shape."""
+    """A freshly initialised model of the recipe's shape.
+
+    Raises:
+        ValueError: the recipe's model has a field that ``LlamaConfig`` does not know.
+    """
+    known = LlamaConfig().to_dict()
+    if unknown := sorted(set(recipe.model) - set(known)):
+        raise ValueError(
+            f"recipe: model: unknown field {', '.join(unknown)}; known are {', '.join(known)}"
+        )
     set_seed(recipe.seed)
     config = LlamaConfig(
         **recipe.model,
@@ -142,6 +41,27 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
+
+
+def claim(out: Path, recipe: Recipe, sequences: Sequences) -> None:
+    """Note in ``out`` which run the folder is for: recipe and text.
+
+    Raises:
+        ValueError: ``out`` holds a run of another recipe or on other text.
+    """
+    note = out / "run.json"
+    # Through JSON, so that tuples compare as the lists that come back.
+    run = json.loads(
+        json.dumps({"recipe": recipe.to_dict(), "text_sha256": sequences.corpus.sha256()})
+    )
+    if note.exists():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        for part, what in (("recipe", "of another recipe"), ("text_sha256", "on other text")):
+            if found[part] != run[part]:
+                raise ValueError(f"out: {out} holds a run {what}; give another folder")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    _write(note, json.dumps(run, indent=1))
 
 
 def train(
@@ -154,40 +74,56 @@ def train(
     workers: int = 2,
     compiled: bool | None = None,
 ) -> bool:
-    """Train, or go on from the last checkpoint in ``out``.
+    """Train, or go on from the last checkpoint in ``out``, on one GPU or on the CPU.
 
-    Writes ``checkpoint-*`` while it runs, and ``model/`` (bf16 safetensors with tokenizer),
-    ``recipe.json`` and ``log.json`` at the end.
+    Writes ``run.json`` (recipe and digest of the text) first, ``checkpoint-*`` while it runs, and
+    ``log.json`` and ``model/`` (bf16 safetensors with the tokenizer) when it is complete.
 
     Args:
         recipe: what to run.
         sequences: the data.
         tokenizer: saved beside the model.
-        out: a folder; a run found there goes on if its recipe is the same.
+        out: a folder; a run found there goes on if its recipe and text are the same.
         minutes: stop after that long with a checkpoint.
-        workers: processes that make batches.
+        workers: processes that make batches; 0 makes them in this one.
         compiled: torch.compile the layers and the loss; default: on a GPU.
 
     Returns:
         Whether the run is complete.
 
     Raises:
-        ValueError: ``out`` holds a run of another recipe.
+        ValueError: ``out`` holds another run, the text is too short, or several GPUs are visible.
     """
+    if torch.cuda.device_count() > 1:
+        raise ValueError("train runs on one GPU: set CUDA_VISIBLE_DEVICES to the one to use")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    written = json.loads(json.dumps(recipe.to_dict()))
-    note = out / "recipe.json"
-    if note.exists() and json.loads(note.read_text()) != written:
-        raise ValueError(f"out: {out} holds a run of another recipe; give another folder")
-    note.write_text(json.dumps(written, indent=1))
-    on_gpu = torch.cuda.is_available()
-    compiled = on_gpu if compiled is None else compiled
+    steps = Steps(sequences, recipe)
     model = build_model(recipe, tokenizer)
+    claim(out, recipe, sequences)
+    compiled = torch.cuda.is_available() if compiled is None else compiled
     if compiled:
         for layer in model.model.layers:
             layer.compile()
-    arguments = TrainingArguments(
+    trainer = WeightedTrainer(
+        model=model,
+        args=_arguments(recipe, out, workers),
+        train_dataset=steps,
+        data_collator=only_item,
+        callbacks=[TimeLimit(minutes)] if minutes is not None else [],
+        recipe=recipe,
+        compiled=compiled,
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    done = trainer.state.global_step >= recipe.steps
+    if done:
+        _write(out / "log.json", json.dumps(trainer.state.log_history))
+        _save(model, tokenizer, out / "model")
+    return done
+
+
+def _arguments(recipe: Recipe, out: Path, workers: int) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
         output_dir=str(out),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
@@ -214,20 +150,26 @@ def train(
         seed=recipe.seed,
         disable_tqdm=True,
     )
-    trainer = WeightedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Steps(sequences, recipe),
-        data_collator=lambda items: items[0],
-        callbacks=[Stop(minutes)] if minutes is not None else [],
-        recipe=recipe,
-        compiled=compiled,
-    )
-    last = any(out.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=last or None)
-    done = trainer.state.global_step >= recipe.steps
-    if done:
-        (out / "log.json").write_text(json.dumps(trainer.state.log_history))
-        trainer.model.to(torch.bfloat16).save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
-    return done
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """The last checkpoint that is whole: its ``trainer_state.json`` is written last."""
+    whole = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save to a folder of another name, then rename: ``folder`` is whole or not there."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.bfloat16().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

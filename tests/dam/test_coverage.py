@@ -24,11 +24,21 @@ def make_stripes():
     )
 
 
-def naive(texts, stripes):
-    alone, corner = [[] for _ in range(HEADS)], [[] for _ in range(HEADS)]
+def measure(stripes, texts, length=LENGTH, every=1):
+    meter = CoverageMeter(stripes, capture_length=length)
     for text in texts:
+        rows = torch.arange(0, text.shape[-1], every)
+        meter.add(text[:, rows], rows)
+    return meter.result()
+
+
+def naive(texts, stripes, every):
+    """Mean, tail and corner mean by a loop over pairs."""
+    beyond, late, corner = ([[] for _ in range(HEADS)] for _ in range(3))
+    for text in texts:
+        size = text.shape[-1]
         for head in range(HEADS):
-            for i in range(text.shape[-1]):
+            for i in range(0, size, every):
                 kept = kept_corner = 0.0
                 for j in range(i + 1):
                     seen = j in stripes.columns[head].tolist()
@@ -37,85 +47,102 @@ def naive(texts, stripes):
                     seen |= i < LENGTH and stripes.corner[head, i, j].item()
                     kept_corner += seen * text[head, i, j].item()
                 whole = text[head, i].sum().item()
-                alone[head].append(kept / whole)
-                corner[head].append(kept_corner / whole)
-    worst = math.ceil(0.1 * len(alone[0]))
-    mean = [sum(rows) / len(rows) for rows in alone]
-    tail = [sum(sorted(rows)[:worst]) / worst for rows in alone]
+                if i >= LENGTH:
+                    beyond[head].append(kept / whole)
+                else:
+                    corner[head].append(kept_corner / whole)
+                    if i >= size / 2:
+                        late[head].append(kept / whole)
+    used = beyond if beyond[0] else late
+    worst = math.ceil(0.1 * len(used[0]))
+    mean = [sum(rows) / len(rows) for rows in used]
+    tail = [sum(sorted(rows)[:worst]) / worst for rows in used]
     return mean, tail, [sum(rows) / len(rows) for rows in corner]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param([13, 13], id="L"), pytest.param([5, 29, 1, 13], id="ragged and beyond L")],
+    [
+        pytest.param([13, 13], id="L"),
+        pytest.param([5, 12, 13], id="none beyond L"),
+        pytest.param([14], id="one row beyond L"),
+        pytest.param([5, 65, 1, 13, 29], id="some beyond L"),
+    ],
 )
-def test_coverage_equals_a_loop_over_pairs(sizes, side):
+def test_coverage_equals_a_loop_over_pairs(sizes, every):
+    if sizes == [14] and every == 3:
+        sizes = [17]  # so that a row beyond L is sampled
     texts = [attention(size, seed) for seed, size in enumerate(sizes)]
-    total = max(sizes) + 2
-    batch = torch.full((len(texts), HEADS, total, total), math.nan)
-    starts = [total - size if side == "left" else 0 for size in sizes]
-    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
-        batch[row, :, start : start + len(text[0]), start : start + len(text[0])] = text
-    start = torch.tensor(starts)
-    stop = start + torch.tensor(sizes)
-    meter = CoverageMeter(make_stripes())
-    meter.add(batch[:1], start[:1], stop[:1])
-    meter.add(batch[1:], start[1:], stop[1:])
-    for got, want in zip(meter.result(), naive(texts, make_stripes()), strict=True):
+    found = measure(make_stripes(), texts, every=every)
+    for got, want in zip(found, naive(texts, make_stripes(), every), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), torch.tensor(want).double(), rtol=1e-5, atol=1e-6)
 
 
+def test_columns_that_cover_all_of_the_corner_are_seen_through():
+    # Within L a column for every key keeps all; a longer text shows that they keep little.
+    stripes = Stripes(
+        columns=(torch.arange(LENGTH),) * HEADS,
+        offsets=(torch.tensor([0]),) * HEADS,
+        full_heads=torch.zeros(HEADS, dtype=torch.bool),
+    )
+    within = measure(stripes, [attention(LENGTH)])
+    beyond = measure(stripes, [attention(LENGTH), attention(8 * LENGTH)])
+    assert torch.equal(within.mean, torch.ones(HEADS))
+    assert torch.equal(beyond.corner_mean, torch.ones(HEADS))
+    assert (beyond.mean < 0.6).all()
+    assert gate_heads(beyond.mean, 0.95).all()
+
+
 def test_a_head_that_keeps_all_has_coverage_1_exactly():
-    stripes = Stripes.causal(HEADS)
-    meter = CoverageMeter(stripes)
-    meter.add(attention(50).half()[None], torch.tensor([0]), torch.tensor([50]))
-    coverage = meter.result()
+    coverage = measure(Stripes.causal(HEADS), [attention(50).half()])
+    assert torch.equal(coverage.mean, torch.ones(HEADS))
     assert torch.equal(coverage.tail, torch.ones(HEADS))
-    assert not gate_heads(coverage.tail, 1.0).any()
+    assert not gate_heads(coverage.mean, 1.0).any()
 
 
 def test_the_tail_sees_rare_rows_that_the_mean_hides():
-    size = 200
+    size = 200 + LENGTH
     text = torch.eye(size).repeat(HEADS, 1, 1)
     text[0, -10:] = 0
     text[0, -10:, 100] = 1  # one row in twenty looks back at position 100
-    meter = CoverageMeter(
-        Stripes.streaming(HEADS, sinks=1, window=1),
-    )
-    meter.add(text[None], torch.tensor([0]), torch.tensor([size]))
-    coverage = meter.result()
+    coverage = measure(Stripes.streaming(HEADS, sinks=1, window=1), [text])
     assert coverage.mean[0] == pytest.approx(0.95)
     assert coverage.tail[0] == pytest.approx(0.5)
-    assert gate_heads(coverage.mean, 0.9).tolist() == [False] * HEADS
-    assert gate_heads(coverage.tail, 0.9).tolist() == [True, False, False]
+    assert coverage.tail[1:].tolist() == [1, 1]
 
 
 def test_rows_without_attention_count_as_kept():
-    meter = CoverageMeter(make_stripes())
-    meter.add(torch.zeros(1, HEADS, 4, 4), torch.tensor([0]), torch.tensor([4]))
-    assert torch.equal(meter.result().tail, torch.ones(HEADS))
+    coverage = measure(make_stripes(), [torch.zeros(HEADS, 20, 20)])
+    assert torch.equal(coverage.tail, torch.ones(HEADS))
 
 
 def test_nan_is_refused():
     text = attention(6)
     text[1, 3, 2] = math.nan
     with pytest.raises(ValueError, match="NaN"):
-        CoverageMeter(make_stripes()).add(text[None], torch.tensor([0]), torch.tensor([6]))
+        measure(make_stripes(), [text])
 
 
 def test_no_rows_is_an_error():
-    meter = CoverageMeter(make_stripes())
-    meter.add(torch.zeros(1, HEADS, 4, 4), torch.tensor([2]), torch.tensor([2]))
     with pytest.raises(ValueError, match="holdout"):
+        measure(make_stripes(), [])
+    with pytest.raises(ValueError, match="holdout"):
+        measure(make_stripes(), [torch.zeros(HEADS, 0, 0)])
+    meter = CoverageMeter(make_stripes(), capture_length=LENGTH)
+    meter.add(attention(20)[:, -1:], torch.tensor([19]))
+    with pytest.raises(ValueError, match="below capture_length=13"):
         meter.result()
 
 
-def test_heads_are_checked():
-    with pytest.raises(ValueError, match=r"\[B, 3, T, T\]"):
-        CoverageMeter(make_stripes()).add(
-            torch.zeros(1, 2, 4, 4), torch.tensor([0]), torch.tensor([4])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 4), (3, 5, 4), (1, 3, 4, 4)], ids=["heads", "rows", "dimensions"]
+)
+def test_shapes_are_checked(shape):
+    with pytest.raises(ValueError, match=r"\[3, 4, N\]"):
+        CoverageMeter(make_stripes(), capture_length=LENGTH).add(
+            torch.zeros(shape), torch.arange(4)
         )
 
 

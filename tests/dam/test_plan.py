@@ -135,7 +135,7 @@ def test_with_coverage_gates_again(plan, target):
     gated = plan.with_coverage(target)
     assert gated.settings == dataclasses.replace(plan.settings, coverage=target)
     for index, layer in gated.layers.items():
-        assert layer.gate.tolist() == [share < target for share in layer.tail_coverage.tolist()]
+        assert layer.gate.tolist() == [share < target for share in layer.coverage.tolist()]
         assert layer.corner is plan.layers[index].corner
     assert plan.settings.coverage == 0.5
     with pytest.raises(ValueError, match="coverage="):
@@ -172,6 +172,9 @@ def test_previews_keep_a_line_of_one_token():
 def test_describe_data_tells_texts_apart():
     data = describe_data([[1, 2, 3], [4]], holdout=1)
     assert (data["texts"], data["tokens"], data["holdout"]) == (2, 4, 1)
+    assert data["holdout_length"] == 1
+    assert describe_data([[1], [2, 3], [4]], holdout=2)["holdout_length"] == 2
+    assert describe_data([[1]], holdout=0)["holdout_length"] == 0
     assert (
         data["sha256"]
         == describe_data([torch.tensor([1, 2, 3]).tolist(), [4]], holdout=1)["sha256"]
@@ -214,6 +217,10 @@ PLAN_FAULTS = {
     "fingerprint-object": ({"fingerprint": {"x": object()}}, "fingerprint"),
     "data-missing": ({"data": {}}, "data: missing"),
     "data-unknown": ({"data": describe_data([[1]], holdout=0) | {"x": 1}}, r"unknown \['x'\]"),
+    "data-length": (
+        {"data": describe_data([[1]], holdout=0) | {"holdout_length": 1.5}},
+        "holdout_le",
+    ),
     "data-hash": ({"data": describe_data([[1]], holdout=0) | {"sha256": "0"}}, "sha256"),
     "no-layers": ({"layers": {}}, "at least one layer"),
     "capture-length": ({"settings": Settings(capture_length=32)}, "capture length"),

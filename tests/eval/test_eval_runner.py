@@ -84,6 +84,29 @@ def test_ask_cuts_at_stop_strings_and_end_tokens(llama, tokenizer):
     assert len(cut) < len(whole)
 
 
+@pytest.mark.parametrize(
+    ("spoken", "answer"),
+    [
+        ("\n\n 123\n and more", "\n\n 123\n"),
+        ("123\n and more", "123\n"),
+        (" \n123> and more", " \n123> and more"),
+    ],
+    ids=["blank lines first", "at once", "no stop"],
+)
+def test_stop_strings_are_looked_for_after_leading_blanks(
+    llama, tokenizer, monkeypatch, spoken, answer
+):
+    script = encode(tokenizer, spoken)
+
+    def greedy(self, question, *, max_new_tokens, done):
+        stops = (i for i in range(1, len(script) + 1) if done(script[:i]))
+        return script[: next(stops, len(script))]
+
+    monkeypatch.setattr(Prefill, "greedy", greedy)
+    prompt = Prompt([5, 6], [[7]])
+    assert ask(llama, tokenizer, [prompt], max_new_tokens=20, stop=("\n",)) == [[answer]]
+
+
 @pytest.mark.parametrize("as_list", [False, True], ids=["int", "list"])
 def test_end_token_of_the_generation_config(llama, tokenizer, monkeypatch, as_list):
     prompt = Prompt([5, 6, 7], [[8]])

@@ -372,3 +372,17 @@ def test_softcap_and_dropout_are_refused():
         pytest.raises(ValueError, match="dropout"),
     ):
         model(random_ids(1, 5))
+
+
+def test_compiled_model_needs_an_attention_mask():
+    model = make_model("llama")
+    ids = random_ids(1, 20)
+    mask = torch.ones_like(ids)
+    compiled = torch.compile(model, backend="eager")
+    with accelerate(model, make_plan(model), mode="static"), torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        found = compiled(ids, attention_mask=mask).logits
+        torch.testing.assert_close(found, expected, **CLOSE)
+        with pytest.raises(ValueError, match=r"torch\.compile no attention_mask"):
+            compiled(ids, use_cache=False)
+    torch.compiler.reset()

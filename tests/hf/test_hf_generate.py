@@ -74,3 +74,26 @@ def test_beam_search_equals_beam_search_without_cache(kind):
     with accelerate(model, make_plan(model), mode="static"):
         cached = generate(model, ids, **how)
         assert torch.equal(generate(model, ids, use_cache=False, **how), cached)
+
+
+def test_prompt_lookup_equals_greedy(kind):
+    model = make_model(kind)
+    ids = random_ids(1, 12).repeat(1, 2)
+    with accelerate(model, make_plan(model), mode="static") as run:
+        expected = generate(model, ids, do_sample=False)
+        found = generate(model, ids, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, expected)
+    assert run.stats()["calls"].get("chunk", 0) > 0
+
+
+def test_left_padded_beams_equal_one_by_one(kind):
+    model = make_model(kind)
+    lengths = (17, 24)
+    ids = random_ids(2, 24)
+    mask = torch.stack([(torch.arange(24) >= 24 - n).long() for n in lengths])
+    how = {"do_sample": False, "num_beams": 3}
+    with accelerate(model, make_plan(model), mode="static"):
+        together = generate(model, ids * mask, mask, **how)
+        for row, length in enumerate(lengths):
+            alone = generate(model, ids[row : row + 1, 24 - length :], **how)
+            assert torch.equal(alone[0], together[row])

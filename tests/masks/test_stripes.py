@@ -1,15 +1,10 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from attention_cases import naive_mask, padding, stripes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynmask.masks import Padding, Stripes
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from attention_cases import naive_mask, padding, stripes
 
 NONE = torch.zeros(1, dtype=torch.bool)
 
@@ -44,6 +39,19 @@ def test_dense_and_counts_agree_with_the_definition(columns, offsets, corner, k_
     expected = naive_mask(padded, q_len, k_len)
     assert padded.dense(q_len, k_len).equal(expected)
     assert padded.visible_pairs(q_len, k_len).equal(expected.sum((2, 3)))
+
+
+@pytest.mark.parametrize("length", [1, 17, 63, 111])
+def test_rows_are_rows_of_the_dense_mask(length):
+    mask = stripes(4, 80, corner=17, full=(1,))
+    positions = torch.randperm(length, generator=torch.Generator().manual_seed(0))[
+        : length // 2 + 1
+    ]
+    expected = naive_mask(mask, length, length)[0]
+    assert mask.rows(positions, length).equal(expected[:, positions])
+    assert mask.rows(positions[:0], length).shape == (4, 0, length)
+    padded = mask & padding((1, length))
+    assert padded.rows(positions, length).equal(expected[:, positions])
 
 
 @pytest.mark.parametrize("length", [1, 63, 65, 111])
@@ -106,8 +114,11 @@ def test_to_keeps_everything():
         (lambda: Stripes.streaming(1, sinks=0, window=0), "window >= 1"),
         (lambda: one_head([], []).dense(3, 2), "q_len <= k_len"),
         (lambda: one_head([], []).density(0), "at least 1"),
+        (lambda: one_head([], []).rows(torch.tensor([0, 5]), 5), r"\[0, 5\), got 0 to 5"),
+        (lambda: one_head([], []).rows(torch.tensor([-1]), 5), r"\[0, 5\), got -1"),
+        (lambda: one_head([], []).rows(torch.tensor([1.0]), 5), "1-d int64"),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_refuses(build, match):
     with pytest.raises(ValueError, match=match):

@@ -74,7 +74,7 @@ def test_auto_takes_the_sparse_backend_only_where_it_pays():
     sparse = Stripes.streaming(8, sinks=16, window=400)
     assert choice(128, sparse) == "sdpa"
     assert choice(16_384, sparse) == "cpu"
-    assert choice(16_384, Stripes.streaming(8, sinks=16, window=16_000)) == "sdpa"
+    assert choice(1024, Stripes.streaming(8, sinks=16, window=1000)) == "sdpa"
     assert choice(16_384, Stripes.causal(8)) == "sdpa"
     assert choice(16_384, None) == "sdpa"
     assert choice(16_384, sparse, q_len=1) == "cpu"

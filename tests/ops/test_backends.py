@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynmask.masks import Stripes
-from dynmask.ops import attention
+from dynmask.ops import attention, sdpa
+from dynmask.ops.rows import dense_rows
 
 IMPLS = ["reference", "sdpa", "cpu"]
 each_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -155,3 +156,24 @@ def test_random_stripes(columns, lone, window, holes, k_len, data):
     )
     q, k, v = tensors(1, 1, 1, q_len, k_len, 16)
     check("cpu", q, k, v, mask)
+
+
+@pytest.mark.parametrize("corner", [0, 50])
+@pytest.mark.parametrize("runs", [None, ((0, 300), (40, 300), (300, 300), (0, 120))], ids=str)
+@pytest.mark.parametrize("k_len", [1, 111, 300])
+def test_dense_rows_are_the_mask(corner, runs, k_len):
+    mask = stripes(4, 300, corner=corner, full=(2,))
+    if runs is not None:
+        mask = mask & padding(*runs)
+    whole = mask.dense(k_len)
+    for first, last in ((0, k_len), (k_len - 1, k_len), (k_len // 3, k_len // 2 + 1)):
+        assert dense_rows(mask, first, last, k_len).equal(whole[:, :, first:last])
+
+
+@pytest.mark.parametrize("cells", [1, 3000])
+def test_sdpa_in_blocks_of_rows(monkeypatch, cells):
+    monkeypatch.setattr(sdpa, "_CPU_CELLS", cells)
+    q, k, v = tensors(2, 4, 2, 65, 80, 16)
+    mask = stripes(4, 80, corner=30, full=(1,)) & padding((7, 80), (0, 50))
+    check("sdpa", q, k, v, mask)
+    check("sdpa", q, k, v, mask, torch.randn(2, 2, 80))

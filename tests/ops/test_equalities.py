@@ -109,3 +109,36 @@ def test_results_are_the_same_every_time(impl):
     q, k, v = tensors(1, 4, 2, 300, 300, 32)
     mask = stripes(4, 300)
     assert attention(q, k, v, mask, impl=impl).equal(attention(q, k, v, mask, impl=impl))
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("corner", [0, 40])
+def test_what_is_hidden_may_hold_anything(impl, value, which, corner):
+    inputs = dict(zip("qkv", tensors(2, 4, 2, 130, 130, 32), strict=True))
+    mask = stripes(4, 130, corner=corner, full=(1,)) & padding((0, 130), (9, 130))
+    before = attention(**inputs, mask=mask, impl=impl)
+    slots = torch.tensor([3, 64, 120])
+    inputs[which] = inputs[which].index_fill(2, slots, value)
+    after = attention(**inputs, mask=mask, impl=impl)
+    if which == "q":
+        clean = torch.ones(130, dtype=torch.bool).index_fill(0, slots, False).expand(2, 4, -1)
+    else:
+        clean = ~mask.dense(130)[..., slots].any(-1)
+    torch.testing.assert_close(after[clean], before[clean], **close)
+    real = mask.dense(130).any(-1)
+    assert not after[real & ~clean].isfinite().all(-1).any()
+    # Decode of the last row, every head whose mask hides the slots.
+    if which != "q":
+        inputs["q"] = inputs["q"][:, :, -1:]
+        last = attention(**inputs, mask=mask, impl=impl)[:, :, 0]
+        torch.testing.assert_close(last[clean[..., -1]], before[:, :, -1][clean[..., -1]], **close)
+
+
+def test_padding_may_hold_anything_in_decode():
+    q, k, v = tensors(2, 4, 2, 1, 150, 32)
+    mask = stripes(4, 150, full=(1, 2)) & padding((0, 150), (30, 150))
+    before = attention(q, k, v, mask, impl="cpu")
+    k[1, :, :30], v[1, :, :30] = float("nan"), float("inf")
+    torch.testing.assert_close(attention(q, k, v, mask, impl="cpu"), before, **close)

@@ -30,15 +30,15 @@ def make_layer(random, settings):
     amplified = amplify(maps, maps, settings)
     mask = true_mask(amplified, settings.tau)
     found = match(mask, settings.mu)
-    tail = torch.rand(HEADS, generator=random)
+    coverage = torch.rand(HEADS, generator=random)
     return LayerPlan(
         columns=found.columns,
         offsets=found.offsets,
         corner=mask,
-        coverage=tail.sqrt(),
-        tail_coverage=tail,
-        corner_coverage=tail.sqrt(),
-        gate=gate_heads(tail, settings.coverage),
+        coverage=coverage,
+        tail_coverage=coverage**2,
+        corner_coverage=coverage.sqrt(),
+        gate=gate_heads(coverage, settings.coverage),
         previews=preview(maps, amplified),
     )
 

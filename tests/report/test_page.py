@@ -86,6 +86,28 @@ def test_gate_marks_follow_the_plan(plan):
     assert f"{dense} of 12" in page.text
 
 
+def test_the_grid_shows_what_the_gate_compares(plan):
+    page = Page(build_page(plan))
+    cells = [a for a in page.all("a") if "cell" in a.get("class", "")]
+    shares = [float(re.search(r"--share:([0-9.]+)%", cell["style"])[1]) for cell in cells]
+    expected = torch.cat([layer.coverage for layer in plan.layers.values()])
+    assert shares == pytest.approx((100 * expected).tolist(), abs=0.051)
+    target = 100 * plan.settings.coverage
+    assert ["dense" in cell["class"].split() for cell in cells] == [s < target for s in shares]
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        pytest.param(200, "the second half of texts of 200 tokens", id="L"),
+        pytest.param(4000, "the rows past the first 200 tokens of texts of 4 000", id="longer"),
+    ],
+)
+def test_page_says_where_coverage_was_measured(plan, length, words):
+    plan = dataclasses.replace(plan, data={**plan.data, "holdout_length": length})
+    assert words in " ".join(Page(build_page(plan)).text.split())
+
+
 def test_hostile_names_stay_text(make_plan, results):
     plan = make_plan(architecture=HOSTILE)
     plan.fingerprint[HOSTILE] = [HOSTILE]

@@ -30,11 +30,13 @@ from dynmask.dam import (
 from dynmask.hf import compat
 from dynmask.hf.fingerprint import compare, fingerprint
 from dynmask.hf.stream import Batch, LayerStream
-from dynmask.hf.windows import make_batches, make_windows, split
+from dynmask.hf.windows import make_batches, make_windows
 from dynmask.masks import Stripes
 
 _log = logging.getLogger(__name__)
 _DEFAULTS = Settings()
+# Rows of a held-out map that are computed: memory grows with the window, not with its square.
+_SAMPLED_ROWS = 256
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, text)`` after each batch of each layer."""
@@ -53,6 +55,7 @@ def calibrate(
     mu: float = _DEFAULTS.mu,
     support: float = _DEFAULTS.support,
     coverage: float = _DEFAULTS.coverage,
+    coverage_length: int = _DEFAULTS.coverage_length,
     holdout: float = _DEFAULTS.holdout,
     seed: int = _DEFAULTS.seed,
     batch_size: int = 1,
@@ -62,13 +65,17 @@ def calibrate(
     """Make a mask plan for a model from calibration texts; nothing is trained.
 
     Layer by layer: attention maps of the calibration windows are averaged, amplified, cut at
-    ``tau`` to the true mask and matched to columns and offsets; the held-out windows then tell how
-    much attention these keep. Layers with a window of their own (sliding or chunked attention) are
-    left out of the plan. Memory beyond the model: one layer's maps (``[H, L, L]`` float32 and two
-    bool masks of that size) and the windows' hidden states (on the CPU).
+    ``tau`` to the true mask and matched to columns and offsets; longer, held-out windows then tell
+    how much attention these keep beyond the first ``L`` tokens. Layers with a window of their own
+    (sliding or chunked attention) are left out of the plan. Memory beyond the model: one layer's
+    maps (``[H, L, L]`` float32 and a bool mask of that size), 256 rows of 8 heads' held-out maps,
+    and the windows' hidden states (on the CPU).
 
-    Each text gives up to 16 windows of ``capture_length`` tokens that do not overlap; a last,
-    shorter one counts if it has a quarter of that. At least one text must fill a window.
+    Whole texts are held out, at random by ``seed``; of a single text, its end. Of each text the
+    first 16 ``L`` tokens are used (``coverage_length`` if that is more), in windows that do not
+    overlap; a last, shorter one counts if it has a quarter of ``L``. At least one text must fill a
+    window, and held-out texts longer than ``L`` are needed to see past it: without them a warning
+    is logged, and the coverage is that of the second half of each held-out window.
 
     Args:
         model: A causal language model of transformers, on any device, in any float dtype. It is
@@ -83,8 +90,10 @@ def calibrate(
         mu: Smallest similarity of a matched column or offset.
         support: Smallest share of L rows that a matched column or offset must reach.
         coverage: Target share of attention; heads that keep less run dense in mode "auto".
-        holdout: Share of the windows held back to measure coverage.
-        seed: Seed of the split into calibration and held-out windows.
+        coverage_length: Most tokens of a held-out window, several times ``L``; less is used where
+            the model's limit or the held-out texts are shorter, and never less than ``L``.
+        holdout: Share of the calibration tokens held back to measure coverage.
+        seed: Seed of the split into calibration and held-out texts.
         batch_size: Windows that run at once.
         work_folder: Each finished layer is saved here. A calibration that was interrupted resumes
             from it if model, settings and texts are the same, and else starts over.
@@ -110,6 +119,7 @@ def calibrate(
         mu=mu,
         support=support,
         coverage=coverage,
+        coverage_length=coverage_length,
         holdout=holdout,
         seed=seed,
     )
@@ -129,10 +139,23 @@ def calibrate(
             "sliding_window=None"
         )
     compat.refuse_attached(model)
-    windows = make_windows(tokenizer, texts, capture_length)
-    _check_ids(windows, compat.text_config(model).vocab_size)
-    parts = split(windows, holdout, seed)
+    longest = max(capture_length, coverage_length)
+    parts = make_windows(
+        tokenizer,
+        texts,
+        capture_length=capture_length,
+        coverage_length=longest if limit is None else min(longest, limit),
+        holdout=holdout,
+        seed=seed,
+    )
+    _check_ids(parts[0] + parts[1], compat.text_config(model).vocab_size)
     data = describe_data([w.tolist() for w in parts[0] + parts[1]], holdout=len(parts[1]))
+    if data["holdout_length"] <= capture_length != limit:
+        _log.warning(
+            "no held-out text is longer than capture_length=%d tokens, so what the masks keep on "
+            "longer inputs is not measured: give longer texts, or lower capture_length",
+            capture_length,
+        )
     work = _Work(work_folder, fingerprint(model), settings, data)
     done = work.finished([layer.index for layer in layers])
     if len(done) < len(layers):
@@ -159,8 +182,11 @@ def _run(
             layer = None if index is None else _Layer(index, work.settings)
             for phase, part in enumerate(parts):
                 consumer = None if layer is None else (layer.capture, layer.measure)[phase]
+                most_rows = (None, _SAMPLED_ROWS)[phase]
                 for place, batch in enumerate(part):
-                    hidden[phase][place] = stream.step(at, batch, hidden[phase][place], consumer)
+                    hidden[phase][place] = stream.step(
+                        at, batch, hidden[phase][place], consumer, most_rows=most_rows
+                    )
                     ran += 1
                     if progress is not None:
                         progress(ran, total, f"layer {at + 1} of {depth}")
@@ -182,23 +208,25 @@ class _Layer:
         self._meters: dict[int, CoverageMeter] = {}
         self._previews: list[Tensor] = []
 
-    def capture(self, first: int, probs: Tensor) -> None:
+    def capture(self, first: int, probs: Tensor, rows: Tensor) -> None:
         self._check(probs)
         if first not in self._maps:
             self._maps[first] = MapAccumulator(
-                probs.shape[1],
+                len(probs),
                 self._settings.capture_length,
                 device=probs.device,
                 eps=self._settings.eps,
             )
-        self._maps[first].add(probs, *_whole(probs))
+        self._maps[first].add(probs[None], torch.tensor([0]), torch.tensor([len(rows)]))
 
     def make_masks(self) -> None:
         """Turn the mean maps into stripes; the maps are freed group by group."""
         for first in sorted(self._maps):
             group = self._maps.pop(first)
             mean = group.mean()
-            amplified = amplify_maps(mean, group.sum, self._settings, layer=self._index)
+            amplified = amplify_maps(
+                mean, group.sum, self._settings, layer=self._index, first_head=first
+            )
             corner = true_mask(amplified, self._settings.tau)
             self._previews.append(preview(mean, amplified))
             matched = match(corner, self._settings.mu, support=self._settings.support)
@@ -208,11 +236,15 @@ class _Layer:
                 full_heads=torch.zeros(len(corner), dtype=torch.bool),
                 corner=corner.cpu(),
             )
-            self._meters[first] = CoverageMeter(self._stripes[first], device=mean.device)
+            self._meters[first] = CoverageMeter(
+                self._stripes[first],
+                capture_length=self._settings.capture_length,
+                device=mean.device,
+            )
 
-    def measure(self, first: int, probs: Tensor) -> None:
+    def measure(self, first: int, probs: Tensor, rows: Tensor) -> None:
         self._check(probs)
-        self._meters[first].add(probs, *_whole(probs))
+        self._meters[first].add(probs, rows)
 
     def plan(self) -> LayerPlan:
         groups = [self._stripes[first] for first in sorted(self._stripes)]
@@ -225,7 +257,7 @@ class _Layer:
             coverage=mean,
             tail_coverage=tail,
             corner_coverage=corner_mean,
-            gate=gate_heads(tail, self._settings.coverage),
+            gate=gate_heads(mean, self._settings.coverage),
             previews=torch.cat(self._previews, 1),
         )
 
@@ -303,12 +335,6 @@ class _Work:
     def _place(self, index: int) -> Path:
         assert self._folder is not None
         return self._folder / f"layer-{index:04d}"
-
-
-def _whole(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return start and stop of a batch without padding, as the accumulators take them."""
-    rows = len(probs)
-    return torch.zeros(rows, dtype=torch.int64), torch.full((rows,), probs.shape[-1])
 
 
 def _check_ids(windows: list[Tensor], vocab_size: int) -> None:
