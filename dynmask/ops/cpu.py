@@ -60,7 +60,7 @@ def pays(q: Tensor, k: Tensor, mask: Stripes) -> bool:
     """
     q_len, k_len = q.shape[2], k.shape[2]
     if gather.fits(mask, q_len, k_len):
-        return gather.pays(mask, q.shape[0], q_len, k_len)
+        return gather.pays(q, k, mask)
     parts = sequences(mask, q_len, k_len)
     plain = mask.all_full and mask.padding is None and q_len == k_len
     pair = 1.0 if plain else _MASKED_PAIR

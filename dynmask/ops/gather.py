@@ -13,10 +13,13 @@ from dynmask.ops.softmax import softmax_, softmax_with_lse_
 
 # Rows that are cheaper one by one than as a tile.
 _MAX_ROWS = 4
-# A gathered key costs about this many keys read in place, and a row's calls about as much as
-# reading so many keys. Measured by benchmarks/stripes_cpu.py.
+# Costs in keys of one head that torch's kernel reads in place: a gathered key, the calls of a row,
+# the calls of a full head (of each sequence, where they start apart), and a key in half precision,
+# which that kernel reads slowly.
 _GATHER = 4.0
-_CALL = 40_000
+_CALL = 25_000
+_FULL_CALL = 8_000
+_HALF = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,13 +106,18 @@ def fits(mask: Stripes, q_len: int, k_len: int) -> bool:
     return k_len - q_len - start >= mask.corner.shape[1]
 
 
-def pays(mask: Stripes, batch: int, q_len: int, k_len: int) -> bool:
+def pays(q: Tensor, k: Tensor, mask: Stripes) -> bool:
     """Tell whether gathering costs less than a dense kernel that reads every key."""
     stencil = _stencil(mask)
     if stencil is None:
         return False
-    rows = batch * q_len * len(stencil.heads)
-    return q_len * _CALL + rows * stencil.base.shape[1] * _GATHER < rows * k_len
+    batch, heads = q.shape[:2]
+    parts = 1 if mask.padding is None else batch
+    striped = len(stencil.heads)
+    calls = _CALL + (heads - striped) * parts * _FULL_CALL
+    gathered = batch * striped * stencil.base.shape[1] * _GATHER
+    key = _HALF if q.element_size() < 4 else 1.0
+    return calls + gathered < batch * striped * k.shape[2] * key
 
 
 def computed_pairs(mask: Stripes, q_len: int, k_len: int) -> Tensor:
