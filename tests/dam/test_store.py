@@ -115,8 +115,8 @@ def test_a_missing_field_is_found(folder, name):
 
 def test_a_changed_number_deep_inside_is_found(folder):
     text = (folder / "plan.json").read_text()
-    assert '"tau": 0.03' in text
-    (folder / "plan.json").write_text(text.replace('"tau": 0.03', '"tau": 0.04'))
+    assert '"tau": 0.01' in text
+    (folder / "plan.json").write_text(text.replace('"tau": 0.01', '"tau": 0.04'))
     with pytest.raises(ValueError, match="its own sha256"):
         MaskPlan.load(folder)
 
