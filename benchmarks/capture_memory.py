@@ -45,7 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-3.2-3b", choices=SHAPES)
     parser.add_argument("--capture-length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--text-length", type=int, default=4096, help="tokens")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(
-        0, shape["vocab_size"], (args.windows, args.capture_length), generator=generator
+        0, shape["vocab_size"], (args.texts, args.text_length), generator=generator
     ).tolist()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -73,7 +74,8 @@ def main() -> None:
         "shape": args.shape,
         "parameters": sum(p.numel() for p in model.parameters()),
         "capture_length": args.capture_length,
-        "windows": args.windows,
+        "texts": args.texts,
+        "text_length": args.text_length,
         "batch_size": args.batch_size,
         "model_bytes": own,
         "peak_bytes": peak,
