@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "attention": "dynmask.ops",
     "supports": "dynmask.ops",
+    "Blocks": "dynmask.masks",
+    "Documents": "dynmask.masks",
+    "Lifetimes": "dynmask.masks",
     "Padding": "dynmask.masks",
     "Stripes": "dynmask.masks",
     "MaskPlan": "dynmask.dam",
@@ -23,10 +26,21 @@ _HOMES = {
 if TYPE_CHECKING:
     from dynmask.dam import MaskPlan
     from dynmask.hf import accelerate, calibrate
-    from dynmask.masks import Padding, Stripes
+    from dynmask.masks import Blocks, Documents, Lifetimes, Padding, Stripes
     from dynmask.ops import attention, supports
 
-__all__ = ["MaskPlan", "Padding", "Stripes", "accelerate", "attention", "calibrate", "supports"]
+__all__ = [
+    "Blocks",
+    "Documents",
+    "Lifetimes",
+    "MaskPlan",
+    "Padding",
+    "Stripes",
+    "accelerate",
+    "attention",
+    "calibrate",
+    "supports",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,1 +1,31 @@
-"""Here so that pytest puts this folder on the path: tests share `attention_cases`."""
+"""What all tests share. Here also so that pytest puts this folder on the path."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+# Where the tensors of kernel tests live. Without a GPU, Triton's interpreter runs the kernels; it
+# is chosen when triton is imported, so before any test module is.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """``"cuda"`` if there is a GPU, else ``"cpu"``."""
+    return DEVICE
+
+
+@pytest.fixture
+def poisoned():
+    """Fill new memory with NaN (integers: their largest), so that what is not written shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
+        yield
+    torch.use_deterministic_algorithms(before)

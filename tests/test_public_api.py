@@ -7,10 +7,10 @@ import pytest
 
 PUBLIC = {
     "dynmask": """
-        MaskPlan Padding Stripes accelerate attention calibrate supports
+        Blocks Documents Lifetimes MaskPlan Padding Stripes accelerate attention calibrate supports
     """,
     "dynmask.masks": """
-        Lifetimes Padding Stripes
+        Blocks Documents Lifetimes Mask Padding Stripes
     """,
     "dynmask.ops": """
         attention choose computed_pairs supports

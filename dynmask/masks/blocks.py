@@ -1,0 +1,207 @@
+"""Masks that show each tile of query rows a list of key blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmask.masks.padding import Padding
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Rows of query tile ``t`` see the key blocks ``indices[b, g, t, :counts[b, g, t]]``, causally.
+
+    Row ``i`` is in tile ``i // tile`` and key ``j`` in block ``j // block``, both counted in key
+    slots, so the same mask serves prefill, chunks and decode. Row ``i`` sees key ``j`` iff
+    ``j <= i`` and the tile lists the block (and both are real tokens, with padding).
+
+    Args:
+        indices: ``[B, G, T, M]`` int32 key blocks, the first ``counts`` of a tile distinct, in any
+            order; what comes behind is not read. ``B`` and ``G`` may be 1.
+        counts: ``[B, G, T]`` int32, how many blocks the tile sees, 0 to ``M``.
+        block: Key slots of a block.
+        tile: Query slots of a tile.
+        padding: Which key slots hold real tokens; None means all.
+
+    Raises:
+        ValueError: If a tensor breaks the above, or ``block`` or ``tile`` is under 1.
+
+    Source: the block lists of NSA (arXiv 2502.11089), MoBA (arXiv 2502.13189) and others.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    block: int
+    tile: int
+    padding: Padding | None = None
+
+    def __post_init__(self) -> None:
+        indices, counts = self.indices, self.counts
+        if indices.dim() != 4 or indices.dtype != torch.int32:
+            raise ValueError(
+                f"indices must be [B, G, T, M] int32, got {list(indices.shape)} {indices.dtype}"
+            )
+        if counts.shape != indices.shape[:3] or counts.dtype != torch.int32:
+            raise ValueError(
+                f"counts must be {list(indices.shape[:3])} int32, got {list(counts.shape)} "
+                f"{counts.dtype}"
+            )
+        if counts.device != indices.device:
+            raise ValueError(f"counts are on {counts.device} but indices on {indices.device}")
+        if self.block < 1 or self.tile < 1:
+            raise ValueError(f"block and tile must be at least 1, got {self.block} and {self.tile}")
+        if not torch.compiler.is_compiling():
+            self._check_values()
+        if self.padding is not None:
+            self._check_padding(self.padding)
+
+    def _check_values(self) -> None:
+        if bool(((self.counts < 0) | (self.counts > self.indices.shape[3])).any()):
+            raise ValueError(
+                f"counts must lie in [0, {self.indices.shape[3]}], the width of indices"
+            )
+        if bool((self._listed & (self.indices < 0)).any()):
+            raise ValueError("indices must not be negative where counts says that they are read")
+        ordered = self.indices.masked_fill(~self._listed, -1).sort(-1).values
+        if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+            raise ValueError("indices list a block twice for one tile: make them unique")
+
+    def _check_padding(self, padding: Padding) -> None:
+        rows, batch = len(padding.start), self.indices.shape[0]
+        if padding.start.device != self.device:
+            raise ValueError(
+                f"padding is on {padding.start.device}, the mask on {self.device}: "
+                "use padding.to(device)"
+            )
+        if rows != batch and 1 not in (rows, batch):
+            raise ValueError(f"padding has {rows} rows but the mask's batch is {batch}")
+
+    @property
+    def _listed(self) -> Tensor:
+        """``[B, G, T, M]`` bool, which entries of ``indices`` are read."""
+        place = torch.arange(self.indices.shape[3], device=self.device)
+        return place < self.counts[..., None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the mask's tensors live."""
+        return self.indices.device
+
+    @property
+    def capacity(self) -> int:
+        """Key slots that the tiles reach, ``T * tile``: the longest ``k_len``."""
+        return self.indices.shape[2] * self.tile
+
+    def to(self, device: torch.device | str) -> Blocks:
+        """Return the same mask on ``device``."""
+        if torch.device(device) == self.device:
+            return self
+        # Checked when it was made, and on a GPU every check would wait for the device.
+        moved = object.__new__(Blocks)
+        moved.__dict__.update(
+            vars(self),
+            indices=self.indices.to(device),
+            counts=self.counts.to(device),
+            padding=None if self.padding is None else self.padding.to(device),
+        )
+        return moved
+
+    def __and__(self, padding: Padding) -> Blocks:
+        """Return the same blocks for padded batch rows.
+
+        Raises:
+            ValueError: If this mask is padded already, or the batch sizes differ.
+        """
+        if not isinstance(padding, Padding):
+            return NotImplemented
+        if self.padding is not None:
+            raise ValueError("the mask is padded already: combine the unpadded mask instead")
+        if padding.start.device != self.device:
+            padding = padding.to(self.device)
+        self._check_padding(padding)
+        padded = object.__new__(Blocks)
+        padded.__dict__.update(vars(self), padding=padding)
+        return padded
+
+    def table(self, first: int, last: int, k_len: int) -> Tensor:
+        """Return ``[B, G, last - first, blocks]`` bool: which key blocks each tile lists.
+
+        Args:
+            first: First tile.
+            last: One past the last tile.
+            k_len: Key slots; blocks that begin beyond them are left out.
+        """
+        blocks = -(-k_len // self.block)
+        indices = self.indices[:, :, first:last].long()
+        listed = self._listed[:, :, first:last] & (indices < blocks)
+        out = torch.zeros(
+            *indices.shape[:3], blocks + 1, dtype=torch.bool, device=self.device
+        )  # The last column takes what is not read.
+        out.scatter_(-1, indices.where(listed, blocks), True)
+        return out[..., :blocks]
+
+    def dense(self, q_len: int, k_len: int | None = None) -> Tensor:
+        """Return the mask as a matrix, for tests and pictures.
+
+        Args:
+            q_len: Query rows ``Q``; row ``i`` stands at key slot ``K - Q + i``.
+            k_len: Key slots ``K``; ``q_len`` by default.
+
+        Returns:
+            ``[B, G, Q, K]`` bool.
+
+        Raises:
+            ValueError: If not ``0 <= q_len <= k_len``, or the tiles do not reach ``k_len``.
+        """
+        k_len = q_len if k_len is None else k_len
+        if not 0 <= q_len <= k_len <= self.capacity:
+            raise ValueError(
+                f"need 0 <= q_len <= k_len <= {self.capacity} (tiles times tile), got {q_len} "
+                f"and {k_len}"
+            )
+        return self.slots(k_len - q_len, k_len, k_len)
+
+    def slots(self, first: int, last: int, k_len: int) -> Tensor:
+        """Return ``[B, G, last - first, k_len]`` bool: rows at key slots first to last - 1."""
+        row = torch.arange(first, last, device=self.device)
+        key = torch.arange(k_len, device=self.device)
+        top = first // self.tile
+        table = self.table(top, -(-last // self.tile), k_len)
+        seen = table[:, :, row // self.tile - top][..., key // self.block]
+        seen = seen & (key <= row[:, None])
+        if self.padding is not None:
+            start, stop = self.padding.start[:, None], self.padding.stop[:, None]
+            real_row = (row >= start) & (row < stop)
+            real_key = (key >= start) & (key < stop)
+            seen = seen & (real_row[:, None, :, None] & real_key[:, None, None])
+        return seen
+
+    def density(self, length: int) -> Tensor:
+        """Return ``[B, G]`` float64: visible pairs over causal pairs of one sequence.
+
+        Exact and linear in the size of the lists; padding is left out of account.
+
+        Args:
+            length: Tokens ``N`` of the sequence.
+
+        Raises:
+            ValueError: If not ``1 <= length <= capacity``.
+        """
+        if not 1 <= length <= self.capacity:
+            raise ValueError(f"length must lie in [1, {self.capacity}], got {length}")
+        begin = self.indices.long() * self.block
+        width = (length - begin).clamp(0, self.block)
+        bottom = torch.arange(self.indices.shape[2], device=self.device)[:, None] * self.tile
+
+        def pairs_above(row: Tensor) -> Tensor:
+            """Count the causal pairs of each block with the rows before ``row``."""
+            rows = (row.clamp_max(length) - begin).clamp_min(0)
+            inside = torch.minimum(rows, width)
+            return inside * (inside + 1) // 2 + (rows - inside) * width
+
+        pairs = pairs_above(bottom + self.tile) - pairs_above(bottom)
+        total = pairs.masked_fill(~self._listed, 0).sum((-1, -2))
+        return total.double() / (length * (length + 1) / 2)
