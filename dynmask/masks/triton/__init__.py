@@ -1,0 +1,1 @@
+"""Masks made on the GPU: Triton kernels. Imported only where they run."""
