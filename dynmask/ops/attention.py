@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from dynmask.masks import Stripes
-from dynmask.ops import cpu, reference, sdpa
+from dynmask.masks import Mask
+from dynmask.ops import cpu, reference
+from dynmask.ops.arguments import check
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "sdpa": sdpa, "reference": reference}
+BACKENDS = {
+    "cpu": "dynmask.ops.cpu",
+    "triton": "dynmask.ops.triton",
+    "flex": "dynmask.ops.flex",
+    "sdpa": "dynmask.ops.sdpa",
+    "reference": "dynmask.ops.reference",
+}
+"""Where each backend lives; imported when it is first asked for, since triton is heavy."""
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None = None,
+    mask: Mask | None = None,
     *,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -31,18 +39,20 @@ def attention(
     and chunked prefill need no offset. Query head ``h`` reads key head ``h // (H / G)``; keys are
     never repeated. A row that sees no key gives 0, its log-sum-exp is -inf and its gradients are 0.
 
-    Hidden keys and values may hold anything with ``"reference"`` and ``"cpu"``. With ``"sdpa"``,
+    Hidden keys and values may hold anything with ``"reference"`` and ``"cpu"``. With the others,
     and so with ``"auto"``, they must be finite, as for torch's own function.
 
     Args:
         q: ``[B, H, Q, D]``, any strides; float16, bfloat16, float32 or float64.
         k: ``[B, G, K, D]`` with ``H % G == 0`` and ``Q <= K``.
         v: ``[B, G, K, D]``.
-        mask: What each head sees; None means causal.
+        mask: What each head sees; None means causal. `Stripes` have ``H`` heads; `Lifetimes` and
+            `Blocks` have ``G``, or 1 for all, and as many batch rows as q, or 1 for all.
+            `Lifetimes` are for ``K`` keys exactly.
         bias: ``[B, G, K]`` float, added to the scaled logits of every row that sees the key.
         scale: Factor of the logits; ``1 / sqrt(D)`` by default.
-        impl: ``"auto"`` (see `choose`), or a backend by name: ``"cpu"``, ``"sdpa"``,
-            ``"reference"``. A named backend never falls back to another.
+        impl: ``"auto"`` (see `choose`), or a backend by name: ``"cpu"``, ``"triton"``,
+            ``"flex"``, ``"sdpa"``, ``"reference"``. A named backend never falls back to another.
         return_lse: Also return the log-sum-exp of each row's visible logits.
 
     Returns:
@@ -52,7 +62,7 @@ def attention(
     Raises:
         ValueError: If the arguments do not fit together, or the named backend cannot run them.
     """
-    _check(q, k, v, mask, bias)
+    check(q, k, v, mask, bias)
     if impl == "auto":
         impl = choose(q, k, v, mask, bias=bias, return_lse=return_lse)
     else:
@@ -63,7 +73,7 @@ def attention(
     if q.numel() == 0:
         lse = q.new_zeros(q.shape[:-1], dtype=reference.accumulation_dtype(q.dtype))
         return (q.clone(), lse) if return_lse else q.clone()
-    out, lse = BACKENDS[impl].attend(q, k, v, mask, bias, scale, return_lse)
+    out, lse = _backend(impl).attend(q, k, v, mask, bias, scale, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -72,7 +82,7 @@ def supports(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None = None,
+    mask: Mask | None = None,
     *,
     bias: Tensor | None = None,
     return_lse: bool = False,
@@ -96,15 +106,23 @@ def supports(
     """
     if impl not in BACKENDS:
         raise ValueError(f'no impl "{impl}": use one of {["auto", *BACKENDS]}')
-    reason: str | None = BACKENDS[impl].supports(q, k, v, mask, bias=bias, return_lse=return_lse)
+    try:
+        backend = _backend(impl)
+    except ImportError as missing:
+        return f"it cannot be imported here ({missing})"
+    reason: str | None = backend.supports(q, k, v, mask, bias=bias, return_lse=return_lse)
     return reason
+
+
+def _backend(impl: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[impl])
 
 
 def choose(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None = None,
+    mask: Mask | None = None,
     *,
     bias: Tensor | None = None,
     return_lse: bool = False,
@@ -112,8 +130,9 @@ def choose(
     """Name the backend that ``impl="auto"`` runs.
 
     The first that fits, in this order: ``cpu`` where it supports the call and its schedule costs
-    less than a dense kernel's causal pairs (`dynmask.ops.cpu.pays`), ``sdpa``, ``reference``.
-    Depends on shapes, dtypes, device, grad mode and the mask only, never on a clock.
+    less than a dense kernel's causal pairs (`dynmask.ops.cpu.pays`), ``triton`` on CUDA tensors
+    with a mask or a bias, ``sdpa``, ``reference``. Never ``flex``, which compiles when first
+    called. Depends on shapes, dtypes, device, grad mode and the mask only, never on a clock.
 
     Args:
         q: As in `attention`, and so are the other arguments.
@@ -129,58 +148,7 @@ def choose(
 
     if mask is not None and fits("cpu") and cpu.pays(q, k, mask):
         return "cpu"
+    # With neither mask nor bias torch's causal kernels are the best there are.
+    if q.is_cuda and (mask is not None or bias is not None) and fits("triton"):
+        return "triton"
     return "sdpa" if fits("sdpa") else "reference"
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Stripes | None, bias: Tensor | None) -> None:
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        if value.dim() != 4:
-            raise ValueError(f"{name} must be [batch, heads, tokens, D], got {list(value.shape)}")
-        if value.dtype != q.dtype or value.device != q.device:
-            raise ValueError(
-                f"{name} is {value.dtype} on {value.device} but q is {q.dtype} on {q.device}: "
-                "bring q, k and v to one dtype and device"
-            )
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"q {list(q.shape)} and k {list(k.shape)} must agree in batch and in D (first and last)"
-        )
-    heads, groups = q.shape[1], k.shape[1]
-    if groups == 0 or heads % groups:
-        raise ValueError(f"q's {heads} heads must be a multiple of k's {groups}")
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(
-            f"q has {q.shape[2]} rows but k only {k.shape[2]} keys: k and v must hold the rows' "
-            "own tokens too"
-        )
-    if mask is not None:
-        if not isinstance(mask, Stripes):
-            raise ValueError(
-                f"mask must be dynmask Stripes or None, got {type(mask).__name__}: for padding "
-                "alone use Stripes.causal(heads) & Padding.from_mask(attention_mask)"
-            )
-        if mask.heads != heads:
-            raise ValueError(f"mask has {mask.heads} heads but q has {heads}")
-        if mask.device != q.device:
-            raise ValueError(f"mask is on {mask.device} but q on {q.device}: use mask.to(q.device)")
-        if mask.padding is not None:
-            rows, end = len(mask.padding.start), mask.padding.end
-            if rows != q.shape[0]:
-                raise ValueError(f"mask.padding has {rows} rows but the batch {q.shape[0]}")
-            if end > k.shape[2]:
-                raise ValueError(
-                    f"mask.padding ends at slot {end} but k has {k.shape[2]} slots: build the "
-                    "padding from this call's attention mask"
-                )
-    if bias is not None:
-        if bias.shape != k.shape[:3] or not bias.is_floating_point():
-            raise ValueError(
-                f"bias must be float [B, G, K] = {list(k.shape[:3])}, got {list(bias.shape)} "
-                f"{bias.dtype}"
-            )
-        if bias.device != q.device:
-            raise ValueError(f"bias is on {bias.device} but q on {q.device}")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dynmask.masks import Stripes
+from dynmask.masks import Mask
+from dynmask.ops.rows import causal_rows, per_query_head
 
 # Logits alive at once; 2^24 float32 are 64 MiB.
 _CELLS = 1 << 24
@@ -21,7 +22,7 @@ def supports(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None,
+    mask: Mask | None,
     *,
     bias: Tensor | None,
     return_lse: bool,
@@ -34,7 +35,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None,
+    mask: Mask | None,
     bias: Tensor | None,
     scale: float,
     return_lse: bool,
@@ -69,17 +70,11 @@ def attend(
     return torch.cat([out for out, _ in blocks], 2), torch.cat([lse for _, lse in blocks], 2)
 
 
-def causal_slots(first: int, last: int, k_len: int, device: torch.device) -> Tensor:
-    """Return ``[1, 1, last - first, k_len]`` bool: plain causal rows at slots first to last - 1."""
-    row = torch.arange(first, last, device=device)[:, None]
-    return (torch.arange(k_len, device=device) <= row)[None, None]
-
-
 def _block(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None,
+    mask: Mask | None,
     bias: Tensor | None,
     scale: float,
     first: int,
@@ -88,9 +83,9 @@ def _block(
     groups, k_len = k.shape[1], k.shape[2]
     work = accumulation_dtype(q.dtype)
     if mask is None:
-        seen = causal_slots(first, first + rows, k_len, q.device)
+        seen = causal_rows(first, first + rows, k_len, q.device)
     else:
-        seen = mask.slots(first, first + rows, k_len)
+        seen = per_query_head(mask.slots(first, first + rows, k_len), heads)
     # The query heads of a group are stacked as rows, so keys are read once and never repeated.
     stacked = q.to(work).reshape(batch, groups, -1, dim)
     logits = (stacked * scale) @ k.to(work).transpose(2, 3)

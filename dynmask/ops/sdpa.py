@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynmask.masks import Padding, Stripes
-from dynmask.ops.reference import causal_slots
-from dynmask.ops.rows import dense_rows
+from dynmask.masks import Mask, Padding, Stripes
+from dynmask.ops.rows import causal_rows, dense_rows, per_query_head
 
 # Mask cells alive at once, so that memory stays bounded. CPU kernels copy the mask as floats, and
 # are fastest where that copy stays in the cache; a GPU wants large launches.
@@ -20,7 +19,7 @@ def supports(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None,
+    mask: Mask | None,
     *,
     bias: Tensor | None,
     return_lse: bool,
@@ -35,7 +34,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None,
+    mask: Mask | None,
     bias: Tensor | None,
     scale: float,
     return_lse: bool,
@@ -59,8 +58,8 @@ def attend(
     batch, heads, q_len, _ = q.shape
     groups, k_len = k.shape[1], k.shape[2]
     gqa = heads != groups
-    plain = bias is None and (mask is None or (mask.all_full and mask.padding is None))
-    if plain and q_len in (1, k_len):
+    plain = mask is None or (isinstance(mask, Stripes) and mask.all_full and mask.padding is None)
+    if plain and bias is None and q_len in (1, k_len):
         out = functional.scaled_dot_product_attention(
             q, k, v, is_causal=q_len > 1, scale=scale, enable_gqa=gqa
         )
@@ -71,11 +70,13 @@ def attend(
     for top in range(0, q_len, rows):
         first = k_len - q_len + top
         last = min(first + rows, k_len)
+        empty = None
         if mask is None:
-            seen = causal_slots(first, last, last, q.device)
+            seen = causal_rows(first, last, last, q.device)
         else:
-            seen = dense_rows(mask, first, last, last)
-        empty = None if mask is None else _outside(mask.padding, first, last)
+            seen = per_query_head(dense_rows(mask, first, last, last), heads)
+            if bias is None:
+                empty = _empty(mask, seen, first, last)
         if bias is not None:
             seen, empty = _with_bias(seen, bias[:, :, :last], q)
         elif empty is not None:
@@ -94,6 +95,13 @@ def attend(
 
 # Kernels differ in what they make of a row without keys (NaN, a mean, 0), so none gets one: such
 # rows see everything, and what comes out is replaced by 0.
+
+
+def _empty(mask: Mask, seen: Tensor, first: int, last: int) -> Tensor | None:
+    """Return ``[B, H or 1, rows]`` bool, the rows that see no key, or None if there is none."""
+    if isinstance(mask, Stripes):  # A row of a sequence sees itself: only padding is empty.
+        return _outside(mask.padding, first, last)
+    return ~seen.any(-1)
 
 
 def _outside(padding: Padding | None, first: int, last: int) -> Tensor | None:

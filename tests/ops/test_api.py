@@ -1,11 +1,15 @@
 """Arguments, errors, and which backend runs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from attention_cases import naive_mask, padding, stripes, tensors
+from attention_cases import blocks, lifetimes, naive_mask, padding, stripes, tensors
 
-from dynmask.masks import Stripes
+from dynmask.masks import Lifetimes, Stripes
 from dynmask.ops import attention, choose, computed_pairs, supports
+from dynmask.ops.attention import BACKENDS
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -26,17 +30,24 @@ GOOD = zeros(1, 4, 8, 16)
         (GOOD, zeros(1, 3, 8, 16), zeros(1, 3, 8, 16), {}, "multiple"),
         (GOOD, zeros(1, 4, 7, 16), zeros(1, 4, 7, 16), {}, "own tokens"),
         (GOOD, zeros(1, 4, 0, 16), zeros(1, 4, 0, 16), {}, "only 0 keys"),
-        (GOOD, GOOD, GOOD, {"mask": torch.ones(8, 8)}, "Stripes or None"),
+        (GOOD, GOOD, GOOD, {"mask": torch.ones(8, 8)}, "Blocks or None"),
         (GOOD, GOOD, GOOD, {"mask": Stripes.causal(3)}, "mask has 3 heads"),
         (GOOD, GOOD, GOOD, {"mask": Stripes.causal(4) & padding((0, 8), (0, 8))}, "2 rows"),
         (GOOD, GOOD, GOOD, {"mask": Stripes.causal(4) & padding((0, 9))}, "slot 9"),
         (GOOD, GOOD, GOOD, {"mask": Stripes.causal(4).to("meta")}, "to\\(q.device\\)"),
+        (GOOD, GOOD, GOOD, {"mask": lifetimes(1, 2, 8)}, "2 kv heads, k has 1 and 4"),
+        (GOOD, GOOD, GOOD, {"mask": lifetimes(2, 4, 8)}, "2 batch rows"),
+        (GOOD, GOOD, GOOD, {"mask": lifetimes(1, 4, 7)}, "7 keys but k has 8"),
+        (GOOD, GOOD, GOOD, {"mask": lifetimes(1, 4, 8).to("meta")}, "to\\(q.device\\)"),
+        (GOOD, GOOD, GOOD, {"mask": blocks(1, 3, 8)}, "3 kv heads"),
+        (GOOD, GOOD, GOOD, {"mask": blocks(1, 4, 7, tile=7)}, "every slot needs a tile"),
+        (GOOD, GOOD, GOOD, {"mask": blocks(1, 4, 8) & padding((0, 9))}, "slot 9"),
         (GOOD, GOOD, GOOD, {"bias": zeros(1, 4, 7)}, "bias must be"),
         (GOOD, GOOD, GOOD, {"impl": "fast"}, 'no impl "fast"'),
         (GOOD, GOOD, GOOD, {"impl": "cpu"}, "without a mask"),
         (GOOD, GOOD, GOOD, {"impl": "sdpa", "return_lse": True}, "log-sum-exp"),
     ],
-    ids=range(17),
+    ids=range(24),
 )
 def test_mistakes_are_named(q, k, v, more, match):
     with pytest.raises(ValueError, match=match):
@@ -64,6 +75,42 @@ def test_an_explicit_choice_never_falls_back():
     assert supports("cpu", q.to("meta"), k, v, mask) is not None
     assert supports("sdpa", q, k, v, mask) is None
     assert supports("reference", q, k, v, mask) is None
+
+
+def test_a_backend_that_is_not_here_is_a_reason(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "triton", "dynmask.ops.nowhere")
+    q, k, v = tensors(1, 4, 2, 8, 8, 16)
+    assert "cannot be imported" in supports("triton", q, k, v)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        attention(q, k, v, impl="triton")
+
+
+def test_auto_imports_neither_triton_nor_flex_on_the_cpu():
+    code = """
+import sys, torch
+from dynmask.masks import Lifetimes
+from dynmask.ops import attention
+q = torch.randn(1, 4, 8, 16)
+attention(q, q, q, Lifetimes.top(torch.randn(1, 4, 8), keep=3), bias=torch.randn(1, 4, 8))
+print(*[m for m in sys.modules if m == "triton" or m.startswith("dynmask.ops.")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "dynmask.ops.reference" in loaded
+    assert not loaded & {"triton", "dynmask.ops.triton", "dynmask.ops.flex"}
+
+
+@pytest.mark.parametrize("length", [100, 4000])
+@pytest.mark.parametrize("kind", [None, "lifetimes", "blocks"], ids=str)
+def test_auto_never_takes_flex_on_the_cpu(kind, length):
+    k = torch.empty(1, 2, length, 1).expand(-1, -1, -1, 16)
+    mask = {
+        None: lambda: None,
+        "lifetimes": lambda: Lifetimes.window(length, window=20),
+        "blocks": lambda: blocks(1, 2, length, block=64, tile=64),
+    }[kind]()
+    assert choose(k, k, k, mask) in ("cpu", "sdpa")
+    assert choose(k, k, k, mask, return_lse=True) in ("cpu", "reference")
 
 
 def test_auto_takes_the_sparse_backend_only_where_it_pays():
