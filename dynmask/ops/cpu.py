@@ -4,7 +4,8 @@ Per head the visible keys are the columns before the chunk's end (one matrix pro
 are gathered once), bands of near offsets (batched products over windows that are views of the
 keys), and lone offsets (row-wise products over whole slices). All logits of a chunk of rows lie in
 one buffer, so there is one softmax over them. Full heads run torch's causal kernel, a few rows of
-decode gather their keys (`dynmask.ops.gather`).
+decode gather their keys (`dynmask.ops.gather`). Lifetimes are tiled in
+`dynmask.ops.lifetimes_cpu`.
 
 The work is many small parallel calls: with more torch threads than free cores they wait for each
 other and the backend loses its lead. Use ``torch.set_num_threads`` (or ``OMP_NUM_THREADS``) of at
@@ -16,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynmask.masks import Stripes
+from dynmask.masks import Lifetimes, Mask, Stripes
 from dynmask.masks.schedule import Sequence, head_schedule, sequences
-from dynmask.ops import gather, reference, sdpa
+from dynmask.ops import gather, lifetimes_cpu, reference, sdpa
 from dynmask.ops.stripes_head import Keys, attend_head
 
 # The schedule must promise this much less than a dense kernel before `auto` takes it: its many
@@ -35,7 +36,7 @@ def supports(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None,
+    mask: Mask | None,
     *,
     bias: Tensor | None,
     return_lse: bool,
@@ -45,13 +46,15 @@ def supports(
         return f"the cpu backend needs CPU tensors, these are on {q.device}"
     if mask is None:
         return 'without a mask there is nothing to skip; impl="sdpa" runs plain causal attention'
+    if not isinstance(mask, Stripes | Lifetimes):
+        return f"the cpu backend has no schedule for {type(mask).__name__}"
     inputs = [t for t in (q, k, v, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return "the cpu backend has no backward pass; wrap the call in torch.no_grad()"
     return None
 
 
-def pays(q: Tensor, k: Tensor, mask: Stripes) -> bool:
+def pays(q: Tensor, k: Tensor, mask: Mask) -> bool:
     """Tell whether the mask's schedule beats a dense kernel by the cost model.
 
     A deterministic rule: decode pays when the gathered keys are few beside the cache; prefill pays
@@ -59,6 +62,11 @@ def pays(q: Tensor, k: Tensor, mask: Stripes) -> bool:
     causal pairs cost, under the mask where it needs one.
     """
     q_len, k_len = q.shape[2], k.shape[2]
+    if isinstance(mask, Lifetimes):
+        pair = 1.0 if lifetimes_cpu.is_decode(q_len) else _MARGIN * _MASKED_PAIR
+        causal = pair * q.shape[0] * q.shape[1] * _causal_pairs(k_len - q_len, k_len)
+        return lifetimes_cpu.cost(q, k, mask) < causal
+    assert isinstance(mask, Stripes), "supports() comes first"
     if gather.fits(mask, q_len, k_len):
         return gather.pays(q, k, mask)
     parts = sequences(mask, q_len, k_len)
@@ -78,7 +86,9 @@ def _cost(mask: Stripes, part: Sequence) -> float:
     return cost
 
 
-def computed_pairs(mask: Stripes, q_len: int, k_len: int | None = None) -> Tensor:
+def computed_pairs(
+    mask: Stripes | Lifetimes, q_len: int, k_len: int | None = None, *, ratio: int = 1
+) -> Tensor:
     """Count the (query, key) pairs that this backend evaluates, masked ones included.
 
     The gap to `Stripes.visible_pairs` is the waste of its tiles. Full heads count their causal
@@ -87,11 +97,15 @@ def computed_pairs(mask: Stripes, q_len: int, k_len: int | None = None) -> Tenso
     Args:
         mask: What each head sees.
         q_len: Query rows ``Q``, the last ones of the sequence.
-        k_len: Key slots ``K``; ``q_len`` by default.
+        k_len: Key slots ``K``; ``q_len`` by default, for `Lifetimes` their own.
+        ratio: Query heads of a kv head, on which the tiles of `Lifetimes` depend.
 
     Returns:
-        ``[B, H]`` int64, ``B`` = 1 without padding.
+        ``[B, H]`` int64, ``B`` = 1 without padding. For `Lifetimes` ``[B, G]`` as they have it,
+        pairs of one query head of the group.
     """
+    if isinstance(mask, Lifetimes):
+        return lifetimes_cpu.computed_pairs(mask, q_len, ratio)
     k_len = q_len if k_len is None else k_len
     if gather.fits(mask, q_len, k_len):
         return gather.computed_pairs(mask, q_len, k_len)
@@ -111,7 +125,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Stripes | None,
+    mask: Stripes | Lifetimes | None,
     bias: Tensor | None,
     scale: float,
     return_lse: bool,
@@ -134,6 +148,13 @@ def attend(
     q_len, k_len = q.shape[2], k.shape[2]
     # What a caller would otherwise pay: views and in-place writes recorded for autograd.
     with torch.no_grad():
+        if isinstance(mask, Lifetimes):
+            args = (q, k, v, mask, bias, scale, return_lse)
+            if lifetimes_cpu.is_decode(q_len):
+                return lifetimes_cpu.attend_rows(*args)
+            # A hidden key's bias may be -inf, which hides it twice, but not NaN.
+            finite = _finite(k) and _finite(v) and (bias is None or not bool(bias.isnan().any()))
+            return lifetimes_cpu.attend_tiles(*args, finite=finite)
         if gather.fits(mask, q_len, k_len):
             return gather.attend(q, k, v, mask, bias, scale, return_lse)
         out = torch.zeros(q.shape, dtype=q.dtype)
@@ -235,8 +256,8 @@ def _sequence(
 
 
 def _finite(tensor: Tensor) -> bool:
-    # A sum is finite only if all are; float64, so that large half-precision values do not overflow.
-    return bool(tensor.sum(dtype=torch.float64).isfinite())
+    # A sum is finite only if all are. One that overflows is a false alarm, which costs only time.
+    return bool(tensor.sum(dtype=reference.accumulation_dtype(tensor.dtype)).isfinite())
 
 
 def _striped_heads(mask: Stripes) -> list[int]:

@@ -226,19 +226,20 @@ def _gathered(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend ``row [B, S, D]`` to the keys at ``slots [B or 1, S, n]``."""
-    logits = (_take(k, groups, slots).to(row.dtype) @ row[..., None])[..., 0]
+    logits = (take(k, groups, slots).to(row.dtype) @ row[..., None])[..., 0]
     if bias is not None:
         logits += bias[torch.arange(len(row))[:, None, None], groups[:, None], slots]
     lse = _weights(logits, seen, return_lse or bias is not None)
-    out = logits[..., None, :] @ _take(v, groups, slots).to(row.dtype)
+    out = logits[..., None, :] @ take(v, groups, slots).to(row.dtype)
     return out[..., 0, :], lse
 
 
-def _take(source: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
+def take(source: Tensor, groups: Tensor, slots: Tensor) -> Tensor:
     """Return ``source[b, groups[h], slots[b or 0, h, n]]`` as ``[B, S, n, D]``.
 
-    Whole rows are copied, many times faster than by indexing in three dimensions; the cache's
-    memory is read as one list of rows, whatever the order of its dimensions.
+    ``groups`` is ``[S]``, ``slots`` ``[B or 1, S or 1, n]``. Whole rows are copied, many times
+    faster than by indexing in three dimensions; the cache's memory is read as one list of rows,
+    whatever the order of its dimensions.
     """
     batch, _, _, dim = source.shape
     if source.stride(3) != 1 or any(s % dim for s in source.stride()[:3]):
