@@ -1,0 +1,69 @@
+"""What the kernels share: tile sizes by a plain table, dtypes, offsets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+
+
+def padded_dim(dim: int) -> int:
+    """Return the head size as the matrix units want it: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def dot_precision(q: Tensor) -> str:
+    """Return the precision of products: full for float32, whose tf32 would miss the error bound."""
+    return "ieee" if q.dtype == torch.float32 else "tf32"
+
+
+def int32_offsets(*tensors: Tensor) -> bool:
+    """Tell whether offsets inside one batch row, over its heads and tokens, fit 32 bits."""
+    return all(t.shape[1] * t.stride(1) + t.shape[2] * t.stride(2) < 2**31 for t in tensors)
+
+
+def forward_tiles(q: Tensor, ratio: int) -> tuple[int, int, int, int]:
+    """Return rows, keys, warps and pipeline stages of a forward program."""
+    dim = padded_dim(q.shape[-1])
+    if q.dtype == torch.float32:
+        return (64, 32, 4, 2) if dim <= 128 else (32, 32, 4, 2)
+    if dim <= 64:
+        return 128, 128, 4, 3
+    if dim <= 128:
+        return 128, 64, 4, 3
+    return 128, 64, 8, 2
+
+
+def dq_tiles(q: Tensor) -> tuple[int, int, int, int]:
+    """Return rows, keys, warps and pipeline stages of a program of dq."""
+    dim = padded_dim(q.shape[-1])
+    if q.dtype == torch.float32:
+        return (32, 32, 4, 1)
+    if dim <= 64:
+        return 128, 64, 4, 3
+    if dim <= 128:
+        return 128, 64, 8, 3
+    return 64, 32, 4, 2
+
+
+def dkdv_tiles(q: Tensor) -> tuple[int, int, int, int]:
+    """Return rows, keys, warps and pipeline stages of a program of dk and dv."""
+    dim = padded_dim(q.shape[-1])
+    if q.dtype == torch.float32:
+        return (32, 32, 4, 1)
+    if dim <= 64:
+        return 64, 128, 4, 3
+    if dim <= 128:
+        return 64, 128, 8, 2
+    return 32, 64, 8, 2
+
+
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors; a stand-in where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,145 @@
+"""The kernels as torch operators: shapes for tracing, gradients, one call each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmask.masks.triton.library import LIBRARY, fake, operator
+from dynmask.masks.triton.schedule import TileLists, list_shape, tile_lists
+from dynmask.masks.triton.spans import span_lists
+from dynmask.ops.triton import hopper
+from dynmask.ops.triton.backward import backward
+from dynmask.ops.triton.decode import decode
+from dynmask.ops.triton.forward import forward
+
+# Lists as operators take and give them: [keys, full, partial], or nothing where none are made.
+
+
+@operator("lifetimes_schedule")
+def schedule(expiry: Tensor, q_len: int, most: int) -> list[Tensor]:
+    """Return `tile_lists` as a list of tensors."""
+    return list(tile_lists(expiry, q_len=q_len, most=most))
+
+
+@fake("lifetimes_schedule")
+def _(expiry: Tensor, q_len: int, most: int) -> list[Tensor]:
+    batch, groups, k_len = expiry.shape
+    tiles, width = list_shape(k_len, q_len, most)
+    full = expiry.new_empty(batch, groups, tiles)
+    return [expiry.new_empty(batch, groups, tiles, width), full, torch.empty_like(full)]
+
+
+@operator("lifetimes_attention")
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    lists: list[Tensor],
+    most: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp by gathered tiles; differentiable in q, k, v, bias."""
+    if lists and hopper.fits(q):
+        return hopper.forward(q, k, v, bias, expiry, TileLists(*lists), scale)
+    return forward(q, k, v, bias, expiry, _lists(lists), scale)
+
+
+@fake("lifetimes_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    lists: list[Tensor],
+    most: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operator("lifetimes_backward")
+def attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    lists: list[Tensor],
+    most: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    """Return the gradients in q, k, v and, if there is one, bias."""
+    spans = span_lists(expiry, q_len=q.shape[2], most=most)
+    args = (q, k, v, bias, expiry, _lists(lists), spans, scale, out, lse, grad, grad_lse)
+    return [t for t in backward(*args) if t is not None]
+
+
+@fake("lifetimes_backward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    lists: list[Tensor],
+    most: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    like = [torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)]
+    return like if bias is None else [*like, bias.new_empty(bias.shape)]
+
+
+@operator("lifetimes_decode")
+def attend_decode(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expiry: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp of a few rows; not differentiable."""
+    return decode(q, k, v, bias, expiry, scale)
+
+
+@fake("lifetimes_decode")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expiry: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _lists(lists: list[Tensor]) -> TileLists | None:
+    return TileLists(*lists) if lists else None
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, bias, expiry, lists, ctx.most, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, bias, expiry, *output, *lists)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, bias, expiry, out, lse, *lists = ctx.saved_tensors
+    no_lists = [None] * len(lists)
+    if grad is None and grad_lse is None:
+        return None, None, None, None, None, no_lists, None, None
+    grad = torch.zeros_like(out) if grad is None else grad
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    args = (q, k, v, bias, expiry, lists, ctx.most, ctx.scale, out, lse, grad)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    dq, dk, dv, *dbias = attend_backward(*args, grad_lse)
+    return dq, dk, dv, dbias[0] if dbias else None, None, no_lists, None, None
+
+
+torch.library.register_autograd(
+    "dynmask::lifetimes_attention", _gradients, setup_context=_save, lib=LIBRARY
+)
