@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "make a mask plan for a model from texts",
     "inspect": "show what is in a plan",
     "eval": "measure a model, with a plan or without: longeval, needle or perplexity",
+    "bench": "measure the engine against the fastest dense kernel, after a correctness check",
     "report": "write a plan and results as one HTML page",
     "doctor": "check the installation: versions, machine, backends, embedded model",
 }
