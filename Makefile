@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 WORKERS ?= auto
 
-.PHONY: demo test check bench report clean
+.PHONY: demo test test-gpu check bench report clean
 
 demo: $(INSTALLED)
 	$(BIN)/dynmask demo --out demo-out
@@ -13,6 +13,10 @@ demo: $(INSTALLED)
 # One thread a worker: threads that wait for each other on shared cores waste most of their time.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
+
+# The tests of the GPU kernels, by a python that has torch with CUDA and pytest: nothing is set up.
+test-gpu:
+	$(PYTHON) -m pytest -q tests/masks/test_*triton*.py tests/ops/test_*triton*.py $(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -83,7 +83,7 @@ def _unbounded(
         }
         results.append(cell)
         score = make_score(settings, kind, length)
-        mask = engine.select(score, settings.keep)
+        mask = engine.select(score, settings.keep, length - 1)
         try:
             gate.check_selection(mask, score, settings.keep, [length - 1])
         except gate.GateError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,20 +15,27 @@ from dynmask.masks import Lifetimes
 from dynmask.ops import attention, choose, supports
 
 
+class Select(Protocol):
+    """``(score, keep, offset) -> mask``, right for the rows from ``offset`` on."""
+
+    def __call__(self, score: Tensor, keep: int, offset: int = 0) -> Lifetimes:
+        """Return the mask."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """Selection, schedule and attention of one backend, as functions that can be replaced.
 
     Args:
         impl: Name of the backend.
-        select: ``(score, keep) -> mask``.
+        select: ``(score, keep, offset=0) -> mask``.
         attend: ``(q, k, v, mask, bias) -> [B, H, Q, D]``.
         prepare: ``(mask, q_len, k_len)``: makes the mask's schedule and leaves it with the mask;
             None if the backend has no such step of its own.
     """
 
     impl: str
-    select: Callable[[Tensor, int], Lifetimes]
+    select: Select
     attend: Callable[[Tensor, Tensor, Tensor, Lifetimes, Tensor], Tensor]
     prepare: Callable[[Lifetimes, int, int], object] | None = None
 
@@ -43,9 +51,10 @@ class Engine:
         return cls(impl, _top, attend, _preparation(impl))
 
     def everything(self, inputs: Inputs, score: Tensor, bias: Tensor, keep: int) -> Tensor:
-        """Select, schedule and attend, from the score."""
+        """Select, schedule and attend, from the score; the query rows are the last ones."""
         q, k, v = inputs
-        return self.attend(q, k, v, self.select(score, keep), bias)
+        mask = self.select(score, keep, k.shape[2] - q.shape[2])
+        return self.attend(q, k, v, mask, bias)
 
 
 def engine_for(settings: Settings) -> Engine:
@@ -83,8 +92,8 @@ def visible_pairs(mask: Lifetimes, heads: int) -> int:
     return int(seen) * (heads // groups)
 
 
-def _top(score: Tensor, keep: int) -> Lifetimes:
-    return Lifetimes.top(score, keep=keep)
+def _top(score: Tensor, keep: int, offset: int = 0) -> Lifetimes:
+    return Lifetimes.top(score, keep=keep, offset=offset)
 
 
 def _preparation(impl: str) -> Callable[[Lifetimes, int, int], object] | None:

@@ -58,7 +58,7 @@ def _cell(
     keep = settings.keep
     rows = gate.sample_rows(length, keep=keep, q_len=q_len)
     try:
-        mask = engine.select(score, keep)
+        mask = engine.select(score, keep, length - q_len)
         gate.check_selection(mask, score, keep, rows)
         out = engine.attend(*inputs, mask, bias)
         cell["gate"] = gate.check_rows(out, inputs, score, bias, keep, rows)

@@ -56,11 +56,17 @@ class Lifetimes:
             raise ValueError(f"most={self.most} must not be negative: pass None if it is unknown")
 
     @classmethod
-    def _trusted(cls, expiry: Tensor, most: int | None) -> Lifetimes:
+    def _trusted(cls, expiry: Tensor, most: int | None, *, is_causal: bool = False) -> Lifetimes:
         """Return a mask known to be right: on a GPU every check would wait for the device."""
         made = object.__new__(cls)
-        made.__dict__.update(expiry=expiry, most=most)
+        made.__dict__.update(expiry=expiry, most=most, _is_causal=is_causal)
         return made
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the mask is known to hide nothing from later rows, as `top` of few keys."""
+        known: bool = self.__dict__.get("_is_causal", False)
+        return known
 
     @classmethod
     def window(
@@ -108,6 +114,7 @@ class Lifetimes:
         score: Tensor,
         *,
         keep: int,
+        offset: int = 0,
         padding: Padding | None = None,
         documents: Documents | Tensor | None = None,
     ) -> Lifetimes:
@@ -126,18 +133,26 @@ class Lifetimes:
         the same keys as ``top`` over everything. The keys to carry on are those with
         ``expiry >= K``.
 
+        With an ``offset`` only the rows ``i >= offset`` are right: each sees the same keys as with
+        ``offset=0``, ``j <= i < expiry_j``. What earlier rows see is not specified, but never more
+        than ``keep`` keys: those that no row from ``offset`` on sees may get any expiry up to
+        ``max(j, offset)``. On a GPU decode (``offset = K - 1``) and chunked prefill over a cache
+        (``offset`` the first new slot) then cost what their rows need; the CPU does the whole work.
+
         Args:
             score: ``[B, G, K]`` float, one a key and kv head. It is compared in float32.
             keep: ``w``, keys a row keeps; at least 1.
+            offset: First row that matters, a key slot from 0 to ``K``. With ``K - Q`` the mask is
+                right for ``Q`` query rows, the last ones.
             padding: Which key slots hold real tokens; None means all.
             documents: The document of each slot; a row sees, and selects among, its own document
                 only. A tensor means ``Documents(tensor)``, None one document.
 
         Returns:
-            The mask ``[B, G, K]``, with ``most=keep``.
+            The mask ``[B, G, K]``, with ``most=keep``. ``expiry`` may be an expanded tensor.
 
         Raises:
-            ValueError: If a shape does not fit or ``keep < 1``.
+            ValueError: If a shape does not fit, ``keep < 1``, or not ``0 <= offset <= K``.
 
         Source: selection of DMA, arXiv 2508.02124, section 3.2.
         """
@@ -147,23 +162,26 @@ class Lifetimes:
         if isinstance(documents, Tensor):
             documents = Documents(documents)
         batch, groups, count = score.shape
+        if not 0 <= offset <= count:
+            raise ValueError(
+                f"offset={offset} must be from 0 to K={count}: pass K - Q for the last Q rows"
+            )
         score = score.detach()
         if padding is not None:
             padding = _fitting_padding(padding, score, batches=(1, batch))
         if documents is not None:
             documents = _fitting_documents(documents, score, batches=(1, batch))
         if count <= keep:
-            expiry = torch.full(
-                (batch, groups, count), NEVER, dtype=torch.int32, device=score.device
-            )
+            expiry = _never(score.device).expand(batch, groups, count)
         else:
-            expiry = _expiry_of_top(score, keep, _segments(score, padding, documents))
+            expiry = _expiry_of_top(score, keep, _segments(score, padding, documents), offset)
         # The selection knows segments by order alone: their ends are cut here.
         if documents is not None:
             expiry = torch.minimum(expiry, documents.ends()[:, None])
         if padding is not None:
             expiry = _hide_padding(expiry, padding)
-        return cls._trusted(expiry, keep)
+        everything = count <= keep and documents is None and padding is None
+        return cls._trusted(expiry, keep, is_causal=everything)
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +192,11 @@ class Lifetimes:
         """Return the same mask on ``device``."""
         if torch.device(device) == self.device:
             return self
-        return self._trusted(self.expiry.to(device), self.most)
+        return self._trusted(self.expiry.to(device), self.most, is_causal=self.is_causal)
+
+    def prefix(self, k_len: int) -> Lifetimes:
+        """Return the mask of the first ``k_len`` slots: their rows see the same keys."""
+        return self._trusted(self.expiry[..., :k_len], self.most, is_causal=self.is_causal)
 
     def __and__(self, other: Padding | Documents) -> Lifetimes:
         """Return the mask that shows what both show: rows see real tokens, or their document, only.
@@ -282,13 +304,34 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _expiry_of_top(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
+def _never(device: torch.device) -> Tensor:
+    """Return `NEVER` as ``[1, 1, 1]`` int32, on a GPU without a launch after the first time."""
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if captured or torch.compiler.is_compiling():
+        # A graph fills what it makes when it runs, not now: it must not be kept.
+        return _new_never(device)
+    return _kept_never(device)
+
+
+@cache
+def _kept_never(device: torch.device) -> Tensor:
+    # Made in inference mode, it could never be saved for a gradient.
+    with torch.inference_mode(False):
+        return _new_never(device)
+
+
+def _new_never(device: torch.device) -> Tensor:
+    return torch.full((1, 1, 1), NEVER, dtype=torch.int32, device=device)
+
+
+def _expiry_of_top(score: Tensor, keep: int, segment: Tensor | None, offset: int) -> Tensor:
     """Return when each key is evicted, a key of a later segment beating all of earlier ones.
 
     Args:
         score: ``[B, G, K]`` float, compared in float32.
         keep: Keys a row keeps.
         segment: ``[B, K]`` int32, never falling along K, or None.
+        offset: First row that matters; the torch path does not use it.
 
     Returns:
         ``[B, G, K]`` int32; right up to the segment's end, where the caller cuts it.
@@ -296,7 +339,7 @@ def _expiry_of_top(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
     if score.is_cuda and _has_triton():
         from dynmask.masks.triton.select import expiry_of_top
 
-        return expiry_of_top(score, keep, segment)
+        return expiry_of_top(score, keep, segment, offset)
     score = score.float()
     score = score.masked_fill(score.isnan(), -torch.inf).masked_fill(score == 0, 0.0)
     count = score.shape[-1]

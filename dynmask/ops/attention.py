@@ -8,7 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from dynmask.masks import Mask
+from dynmask.masks import Lifetimes, Mask, Stripes
 from dynmask.ops import cpu, reference
 from dynmask.ops.arguments import check
 
@@ -64,6 +64,8 @@ def attention(
     """
     check(q, k, v, mask, bias)
     if impl == "auto":
+        if bias is None and _hides_nothing(mask):
+            mask = None  # Torch's causal kernels are the best there are.
         impl = choose(q, k, v, mask, bias=bias, return_lse=return_lse)
     else:
         reason = supports(impl, q, k, v, mask, bias=bias, return_lse=return_lse)
@@ -75,6 +77,12 @@ def attention(
         return (q.clone(), lse) if return_lse else q.clone()
     out, lse = _backend(impl).attend(q, k, v, mask, bias, scale, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _hides_nothing(mask: Mask | None) -> bool:
+    if isinstance(mask, Stripes):
+        return mask.all_full and mask.padding is None
+    return isinstance(mask, Lifetimes) and mask.is_causal
 
 
 def supports(

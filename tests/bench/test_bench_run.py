@@ -88,9 +88,24 @@ def test_a_backend_with_a_schedule_is_timed_with_it():
     assert len({id(mask) for mask, _, _ in made}) == len(made)  # a fresh one each time
 
 
-def late(score, keep):
+def late(score, keep, offset=0):
     """A wrong selection: keeps one key too many."""
-    return Lifetimes.top(score, keep=keep + 1)
+    return Lifetimes.top(score, keep=keep + 1, offset=offset)
+
+
+@pytest.mark.parametrize("benchmark", ["table2", "decode"])
+def test_one_query_row_is_selected_alone(benchmark):
+    offsets = set()
+
+    def select(score, keep, offset=0):
+        offsets.add((score.shape[-1], offset))
+        return Lifetimes.top(score, keep=keep, offset=offset)
+
+    document = run_benchmark(
+        tiny(benchmark, lengths=(40,)), engine=dataclasses.replace(RIGHT, select=select)
+    )
+    assert failures(document) == []
+    assert offsets == {(40, 39)} | ({(40, 0)} if benchmark == "table2" else set())
 
 
 def coarse(q, k, v, mask, bias):
@@ -140,7 +155,7 @@ def test_wrong_results_are_errors_and_never_timed(benchmark, change, message):
 
 
 def test_one_wrong_kind_costs_its_own_cell_only():
-    def select(score, keep):
+    def select(score, keep, offset=0):
         return late(score, keep) if float(score.min()) > 0 else Lifetimes.top(score, keep=keep)
 
     document = run_benchmark(

@@ -152,8 +152,12 @@ def test_the_kernels_path_is_the_sorting_one(monkeypatch, keep: int, parts: str)
         padding = Padding(torch.tensor([4, 0]), torch.tensor([50, 33]))
     expected = Lifetimes.top(score, keep=keep, padding=padding, documents=documents)
     monkeypatch.setattr(lifetimes, "_expiry_of_top", select.expiry_of_top)
-    got = Lifetimes.top(score.to(device), keep=keep, padding=padding, documents=documents)
-    assert torch.equal(got.dense(50).cpu(), expected.dense(50))
+    for offset in (0, 1, 24, 49, 50):
+        got = Lifetimes.top(
+            score.to(device), keep=keep, offset=offset, padding=padding, documents=documents
+        )
+        assert torch.equal(got.dense(50 - offset).cpu(), expected.dense(50 - offset))
+        assert got.dense(50).sum(-1).max() <= keep
 
 
 @settings(max_examples=300, deadline=None)
@@ -232,8 +236,26 @@ def test_rising_scores_evict_at_every_step() -> None:
     assert expiry.tolist() == [3, 4, 5, 6, 7, 8, NEVER, NEVER, NEVER]
 
 
+@pytest.mark.parametrize("offset", [0, 5, 19, 20])
+def test_rows_from_an_offset_on_are_the_same(offset: int) -> None:
+    score = scores("ties", 2, 2, 20, seed=1)
+    whole, part = Lifetimes.top(score, keep=3), Lifetimes.top(score, keep=3, offset=offset)
+    assert torch.equal(part.dense(20 - offset), whole.dense(20 - offset))
+
+
 def test_fewer_keys_than_keep_evict_nothing() -> None:
-    assert bool((Lifetimes.top(torch.randn(2, 3, 8), keep=8).expiry == NEVER).all())
+    with torch.inference_mode():
+        mask = Lifetimes.top(torch.randn(2, 3, 8), keep=8)
+    assert mask.expiry.shape == (2, 3, 8)
+    assert bool((mask.expiry == NEVER).all())
+    assert mask.is_causal
+    # One number in all, made once, and not bound to the mode in which it was made.
+    again = Lifetimes.top(torch.randn(1, 1, 5), keep=8)
+    assert again.expiry.data_ptr() == mask.expiry.data_ptr()
+    assert not again.expiry.is_inference()
+    padding = Padding(torch.tensor([1]), torch.tensor([4]))
+    assert (again & padding).expiry.tolist() == [[[0, 4, 4, 4, 4]]]
+    assert bool((again.expiry == NEVER).all())
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (5, 3), (100, 2)])
@@ -326,6 +348,8 @@ def top_of_two(**more) -> Lifetimes:  # type: ignore[no-untyped-def]
         (lambda: Lifetimes(torch.zeros(1, 2, 3)), "expiry must be"),
         (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=0), "keep=0"),
         (lambda: Lifetimes.top(torch.zeros(4), keep=1), "score must be"),
+        (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=1, offset=5), "offset=5 .* K=4"),
+        (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=9, offset=-1), "offset=-1"),
         (lambda: Lifetimes.window(4, window=0), "window >= 1"),
         (lambda: Lifetimes.window(4, window=2).dense(5), "q_len"),
         (lambda: Lifetimes(torch.tensor([[[3, -1]]], dtype=torch.int32)), "negative"),
@@ -339,7 +363,7 @@ def top_of_two(**more) -> Lifetimes:  # type: ignore[no-untyped-def]
         (lambda: top_of_two() & Padding(*torch.zeros(2, 3).long()), "padding has 3 rows"),
         (lambda: top_of_two() & Documents(torch.zeros(3, 4).long()), r"\[3, 4\]"),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_bad_input_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):

@@ -16,6 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from dynmask.masks.triton.select import Level, Plan, expiry_of_top, plan_of, run_plan  # noqa: E402
+from dynmask.masks.triton.select_prefix import BLOCKS, prefix_of  # noqa: E402
 
 KINDS = (
     "normal",
@@ -28,12 +29,13 @@ KINDS = (
     "steps",
 )
 # Small levels, so that short inputs reach every branch: lists longer than a block, many children.
+# Of prefixes, one block and blocks that are narrowed down once or twice.
 PLANS = {
-    "one": Plan((Level(16, 16, 1),)),
-    "two": Plan((Level(32, 32, 1), Level(16, 16, 1))),
-    "three": Plan((Level(64, 64, 1), Level(32, 64, 1), Level(16, 16, 1))),
-    "best": Plan((Level(32, 64, 1), Level(16, 64, 1)), best=True),
-    "best-one": Plan((Level(32, 32, 1),), best=True),
+    "one": Plan((Level(16, 16, 1),), blocks=(32, 64)),
+    "two": Plan((Level(32, 32, 1), Level(16, 16, 1)), blocks=(128,)),
+    "three": Plan((Level(64, 64, 1), Level(32, 64, 1), Level(16, 16, 1)), blocks=(64,)),
+    "best": Plan((Level(32, 64, 1), Level(16, 64, 1)), best=True, blocks=(32,)),
+    "best-one": Plan((Level(32, 32, 1),), best=True, blocks=(64, 128)),
 }
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -80,6 +82,13 @@ def by_definition(score: Tensor, keep: int, segment: Tensor | None = None) -> Te
     return torch.maximum(places[..., keep - 1, :], slot).int()
 
 
+def rows(expiry: Tensor, offset: int) -> Tensor:
+    """Which keys the rows from ``offset`` on see."""
+    slot = torch.arange(expiry.shape[-1])
+    row = slot[offset:, None]
+    return (slot <= row) & (row < expiry.cpu()[..., None, :])
+
+
 @each_plan
 @each_kind
 def test_each_plan_follows_the_definition(kind: str, plan: Plan, device: str) -> None:
@@ -123,6 +132,115 @@ def test_the_usual_plan_agrees_with_the_torch_path(
     score = scores(kind, (1, 1, count), seed=count)
     want = Lifetimes.top(score, keep=keep).expiry
     assert torch.equal(expiry_of_top(score.to(device), keep).cpu(), want)
+
+
+@each_plan
+@each_kind
+@pytest.mark.parametrize("offset", [1, 9, 50, 68])
+def test_rows_from_an_offset_on(kind: str, plan: Plan, offset: int, device: str) -> None:
+    score = scores(kind, (1, 2, 71), seed=offset)
+    want = by_definition(score, 13)
+    got = run_plan(score.to(device), 13, None, plan, offset)
+    assert torch.equal(rows(got, offset), rows(want, offset))
+    unseen = ~rows(want, offset).any(-2)[..., :offset]
+    assert bool((got.cpu()[..., :offset][unseen] <= offset).all())
+
+
+@each_plan
+@each_kind
+@pytest.mark.parametrize("count", [20, 71, 97])
+def test_the_last_row_alone(kind: str, plan: Plan, count: int, device: str) -> None:
+    score = scores(kind, (1, 2, count), seed=count)
+    alive = by_definition(score, 13) >= count
+    got = run_plan(score.to(device), 13, None, plan, count)
+    assert torch.equal(got.cpu(), torch.where(alive, NEVER, torch.arange(count)).int())
+
+
+@each_plan
+@pytest.mark.parametrize("kind", ["documents", "extreme", "unordered"])
+@pytest.mark.parametrize("offset", [5, 41, 67])
+def test_a_higher_segment_beats_behind_an_offset(
+    kind: str, plan: Plan, offset: int, device: str
+) -> None:
+    score = scores("ties", (2, 1, 67), seed=offset)
+    segment = segments(kind, 2, 67)
+    got = run_plan(score.to(device), 7, segment.to(device), plan, offset)
+    want = by_definition(score, 7, segment)
+    assert torch.equal(rows(got, offset), rows(want, offset))
+    assert torch.equal(got.cpu() >= 67, want >= 67)
+
+
+def test_equal_keys_of_a_prefix_go_to_the_earlier_ones(device: str) -> None:
+    # Six of eight are wanted, three in each block of 32; those of the second come last.
+    score = torch.zeros(1, 1, 64)
+    equal = [3, 7, 8, 30, 33, 40, 41, 63]
+    score[..., equal] = 1
+    got = run_plan(score.to(device), 6, None, PLANS["best"], 64)
+    assert (got[0, 0] == NEVER).nonzero()[:, 0].tolist() == equal[:6]
+
+
+def test_strides_behind_an_offset(device: str) -> None:
+    score = scores("normal", (70, 3, 4)).bfloat16().permute(2, 1, 0)[::2]
+    segment = segments("unordered", 70, 4).T[::2]
+    got = run_plan(score.to(device), 6, segment.to(device), PLANS["three"], 60)
+    assert torch.equal(rows(got, 60), rows(by_definition(score.float(), 6, segment), 60))
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(
+    ("offset", "count", "keep", "prefix"),
+    [
+        (0, 100, 9, 0),
+        (50, 100, 9, 50),
+        (99, 100, 9, 100),
+        (100, 100, 9, 100),
+        (2**20, 2**20, 2**13, 2**20),
+        (2**20, 2**20, 2**15, 0),  # blocks of half of what is wanted would never get fewer
+        (2**14, 2**20, 2**19, 2**14),
+    ],
+)
+def test_prefix_of(offset: int, count: int, keep: int, prefix: int, segmented: bool) -> None:
+    assert prefix_of(offset, count, keep, segmented=segmented) == prefix
+    assert prefix_of(2**19, 2**20, BLOCKS[-1] // 2 + 1, segmented=segmented) == 0
+
+
+@each_kind
+@pytest.mark.parametrize("offset", [0, 1, 250, 299, 300])
+def test_the_usual_plan_behind_an_offset(kind: str, offset: int, device: str) -> None:
+    score = scores(kind, (1, 1, 300), seed=offset)
+    want = Lifetimes.top(score, keep=40).expiry
+    got = expiry_of_top(score.to(device), 40, None, offset)
+    assert torch.equal(rows(got, offset), rows(want, offset))
+    assert torch.equal(got.cpu() >= 300, want >= 300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="too long for the interpreter")
+@each_kind
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(
+    ("count", "keep", "offset"),
+    [
+        (8193, 2048, 8192),
+        (32768, 2048, 32767),
+        (40000, 2048, 39999),
+        (1000003, 2048, 1000002),
+        (1000003, 20000, 1000002),
+        (40000, 2048, 39000),
+        (100003, 2048, 20001),
+        (300001, 300, 100000),
+    ],
+)
+def test_long_inputs_behind_an_offset(
+    kind: str, count: int, keep: int, offset: int, segmented: bool
+) -> None:
+    score = scores(kind, (1, 2, count), seed=count).cuda()
+    segment = segments("documents", 1, count).cuda() // 997 if segmented else None
+    want = expiry_of_top(score, keep, segment)
+    got = expiry_of_top(score, keep, segment, offset)
+    # A key that dies before the offset may have any expiry up to it.
+    slot = torch.arange(count, device="cuda")
+    floor = slot.clamp_min(offset)
+    assert torch.equal(torch.maximum(got, floor), torch.maximum(want, floor))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too long for the interpreter")

@@ -99,11 +99,11 @@ def tile_lists(expiry: Tensor, *, q_len: int, most: int) -> TileLists:
 
 
 def is_listed(k_len: int, most: int) -> bool:
-    """Tell whether lists pay: whether they save half of the prefix of the last tile.
+    """Tell whether lists pay: whether they save a quarter of the last tile's prefix.
 
     If not, kernels walk over whole prefixes and test every pair.
     """
-    return 2 * most < k_len
+    return 4 * most < 3 * k_len
 
 
 def list_shape(k_len: int, q_len: int, most: int) -> tuple[int, int]:

@@ -16,12 +16,14 @@ at the first level; when every key is kept for a while, every level has work to 
 
 In a long scan the prefixes that the first level would look at are long. There `best_kernel` lists
 the best ``keep`` keys of each chunk, and the kept keys of a prefix are found among these.
+
+If only rows from some offset on are asked for, the root begins there: the keys kept at the offset
+are its old ones, the others before it matter no more. `select_prefix` finds them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -35,6 +37,8 @@ from dynmask.masks.triton.select_kernels import (
     split_kernel,
     worst_kernel,
 )
+from dynmask.masks.triton.select_lists import Lists
+from dynmask.masks.triton.select_prefix import BLOCKS, kept_and_own, prefix_of
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,12 @@ class Plan:
         levels: At least one.
         best: Whether the first level looks at the best keys of each chunk in place of all keys;
             then ``keep`` is at most its size.
+        blocks: What `select_prefix` takes its steps from, ascending powers of two.
     """
 
     levels: tuple[Level, ...]
     best: bool = False
+    blocks: tuple[int, ...] = BLOCKS
 
 
 _ENCODED = 1024
@@ -73,7 +79,7 @@ _FINE = Level(size=128, block=2048, warps=4)
 
 
 def plan_of(count: int, keep: int) -> Plan:
-    """Choose the levels for ``count`` keys of which ``keep`` are kept."""
+    """Choose the levels for ``count`` rows that keep ``keep`` keys each."""
     if count <= 2**14:
         return Plan((Level(size=128, block=4096, warps=8),))
     if count <= 2**16:
@@ -84,7 +90,9 @@ def plan_of(count: int, keep: int) -> Plan:
 
 
 @operator("lifetimes_top")
-def expiry_of_top(score: Tensor, keep: int, segment: Tensor | None = None) -> Tensor:
+def expiry_of_top(
+    score: Tensor, keep: int, segment: Tensor | None = None, offset: int = 0
+) -> Tensor:
     """Return when each key leaves the causal top ``keep``, exactly.
 
     ``expiry_j = max(j, the keep-th smallest slot among the keys that beat j)``, and `NEVER` if
@@ -92,38 +100,56 @@ def expiry_of_top(score: Tensor, keep: int, segment: Tensor | None = None) -> Te
     same and the higher score, or both the same and the earlier slot. Scores are compared in
     float32; NaN counts as -inf, -0.0 equals 0.0.
 
+    Rows before ``offset`` do not count: a key that no later row sees may get its own slot instead.
+    For the last row alone this is one launch up to 32K keys, two up to 512K with ``keep`` 2048.
+
     Nothing waits for the device. Scratch memory: about 40 bytes a score, 60 with segments.
 
     Args:
         score: ``[B, G, K]`` float, any strides.
         keep: ``w``, at least 1.
         segment: ``[B, K]`` int32, any values; None means one segment.
+        offset: First row that counts, at most ``K``.
 
     Returns:
         ``[B, G, K]`` int32, contiguous.
     """
-    return run_plan(score, keep, segment, plan_of(score.shape[-1], keep))
+    count = score.shape[-1]
+    prefix = prefix_of(offset, count, keep, segmented=segment is not None)
+    return run_plan(score, keep, segment, plan_of(count - prefix, keep), prefix)
 
 
 @fake("lifetimes_top")
-def _(score: Tensor, keep: int, segment: Tensor | None = None) -> Tensor:
+def _(score: Tensor, keep: int, segment: Tensor | None = None, offset: int = 0) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.int32)
 
 
-def run_plan(score: Tensor, keep: int, segment: Tensor | None, plan: Plan) -> Tensor:
-    """Run `expiry_of_top` with the given levels, on which its speed depends alone."""
+def run_plan(
+    score: Tensor, keep: int, segment: Tensor | None, plan: Plan, prefix: int = 0
+) -> Tensor:
+    """Run `expiry_of_top` with the given levels, on which its speed depends alone.
+
+    What the first ``prefix`` keys do to each other is left out.
+    """
     batch, groups, count = score.shape
     expiry = torch.empty(batch, groups, count, dtype=torch.int32, device=score.device)
     if expiry.numel() == 0 or count <= keep:
         return expiry.fill_(NEVER)
     with torch.cuda.device_of(score):
-        own, node = _root(score, keep, segment, expiry)
-        nodes, parent = 1, count
+        if prefix == 0:
+            own, node = _root(score, keep, segment, expiry)
+        else:
+            own, node = kept_and_own(
+                score, keep, segment, expiry, prefix=prefix, blocks=plan.blocks
+            )
+        if prefix == count:
+            return expiry
+        nodes, parent = 1, count - prefix
         for depth, level in enumerate(plan.levels):
             children = triton.cdiv(parent, level.size)
             kept, step = own, level.size
             if plan.best and depth == 0:
-                kept, step = _best(own, keep, count, children, level), keep
+                kept, step = _best(own, keep, min(keep, prefix), parent, children, level), keep
             last = depth == len(plan.levels) - 1
             own, node = _children(
                 kept,
@@ -140,32 +166,7 @@ def run_plan(score: Tensor, keep: int, segment: Tensor | None, plan: Plan) -> Te
     return expiry
 
 
-class _Lists(NamedTuple):
-    """Lists in order of slots. A key is an integer that ranks like segment and score.
-
-    Attributes:
-        key: ``[L, N]`` int32, or int64 if there are segments; above the type's minimum.
-        slot: ``[L, N]`` int32.
-    """
-
-    key: Tensor
-    slot: Tensor
-
-    @classmethod
-    def empty(cls, lists: int, entries: int, *, like: Tensor) -> _Lists:
-        """Make room. Kernels load 16 entries at a time, so a list has a multiple of that."""
-        key = like.new_empty(lists, triton.cdiv(entries, 16) * 16)
-        return cls(key, torch.empty_like(key, dtype=torch.int32))
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """From one list to the next."""
-        return self.key.stride(0), self.slot.stride(0)
-
-
-def _root(
-    score: Tensor, keep: int, segment: Tensor | None, expiry: Tensor
-) -> tuple[_Lists, Tensor]:
+def _root(score: Tensor, keep: int, segment: Tensor | None, expiry: Tensor) -> tuple[Lists, Tensor]:
     """Return all keys of each head and the node that holds them; fill ``expiry`` with `NEVER`."""
     batch, groups, count = score.shape
     kind = torch.int32 if segment is None else torch.int64
@@ -192,19 +193,32 @@ def _root(
         NEVER=NEVER,
         BLOCK=_ENCODED,
     )
-    return _Lists(key, slot), node
+    return Lists(key, slot), node
 
 
-def _best(own: _Lists, keep: int, count: int, chunks: int, level: Level) -> _Lists:
-    """Return the best ``keep`` keys of every chunk, or all it has, as one list a head."""
-    best = _Lists.empty(len(own.key), chunks * keep, like=own.key)
+def _best(own: Lists, keep: int, old: int, count: int, chunks: int, level: Level) -> Lists:
+    """Return the old keys and the best ``keep`` of every chunk, or all it has, as one list a head.
+
+    Args:
+        own: One list a head: ``old`` keys, then ``count`` that are cut into chunks.
+        keep: Keys a row keeps.
+        old: Keys kept before the first chunk.
+        count: Keys in all chunks.
+        chunks: Chunks a head.
+        level: Its size is a chunk's.
+    """
+    best = Lists.empty(len(own.key), old + chunks * keep, like=own.key)
+    if old:
+        best.key[:, :old] = own.key[:, :old]
+        best.slot[:, :old] = own.slot[:, :old]
     best_kernel[(len(own.key) * chunks,)](
         *own,
         *best,
         chunks,
         count,
         keep,
-        own.key.stride(0),
+        old,
+        *own.strides,
         best.key.stride(0),
         SIZE=level.size,
         MOVED=level.block // 4,
@@ -214,8 +228,8 @@ def _best(own: _Lists, keep: int, count: int, chunks: int, level: Level) -> _Lis
 
 
 def _children(
-    kept: _Lists,
-    own: _Lists,
+    kept: Lists,
+    own: Lists,
     node: Tensor,
     expiry: Tensor,
     *,
@@ -224,7 +238,7 @@ def _children(
     step: int,
     level: Level,
     last: bool,
-) -> tuple[_Lists, Tensor]:
+) -> tuple[Lists, Tensor]:
     """Return the lists of the children and what they hold; at the last level, fill ``expiry``.
 
     Args:
@@ -250,7 +264,7 @@ def _children(
         SIZE=level.size,
         **_counting(own, level),
     )
-    made = _Lists.empty(programs, 2 * level.size, like=own.key)
+    made = Lists.empty(programs, 2 * level.size, like=own.key)
     made_node = node.new_empty(programs, 3)
     split_kernel[(programs,)](
         *kept,
@@ -275,7 +289,7 @@ def _children(
     return made, made_node
 
 
-def _counting(lists: _Lists, level: Level) -> dict[str, int]:
+def _counting(lists: Lists, level: Level) -> dict[str, int]:
     """Options of the kernels that hold a block of keys in registers: 64 bits take two."""
     kind = torch.iinfo(lists.key.dtype)
     block = level.block * 32 // kind.bits

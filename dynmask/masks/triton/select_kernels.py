@@ -7,6 +7,21 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def ranks(p_score, p_segment, o_k, m_k, s_k, s_segment_k, SEGMENTS: tl.constexpr):
+    """Return integers that rank like segment and score of the slots ``o_k``."""
+    b_score = tl.load(p_score + o_k.to(tl.int64) * s_k, mask=m_k, other=0.0).to(tl.float32)
+    b_score = tl.where(b_score == b_score, b_score, float("-inf"))
+    b_score = tl.where(b_score == 0.0, 0.0, b_score)
+    b_bits = b_score.to(tl.int32, bitcast=True)
+    # Floats order like sign and magnitude: turn the magnitudes of negative ones round.
+    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    if SEGMENTS:
+        b_segment = tl.load(p_segment + o_k * s_segment_k, mask=m_k, other=0).to(tl.int64)
+        b_key = b_segment * 0x100000000 + (b_key.to(tl.int64) + 0x80000000)
+    return b_key
+
+
 @triton.jit(do_not_specialize=["count", "keep", "groups", "blocks"])
 def encode_kernel(
     p_score,
@@ -36,18 +51,10 @@ def encode_kernel(
     i_g = i_bg % groups
     o_k = i_block * BLOCK + tl.arange(0, BLOCK)
     m_k = o_k < count
-    b_score = tl.load(p_score + i_b * s_b + i_g * s_g + o_k.to(tl.int64) * s_k, mask=m_k, other=0.0)
-    b_score = b_score.to(tl.float32)
-    b_score = tl.where(b_score == b_score, b_score, float("-inf"))
-    b_score = tl.where(b_score == 0.0, 0.0, b_score)
-    b_bits = b_score.to(tl.int32, bitcast=True)
-    # Floats order like sign and magnitude: turn the magnitudes of negative ones round.
-    b_key = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    p_score += i_b * s_b + i_g * s_g
     if SEGMENTS:
-        b_segment = tl.load(
-            p_segment + i_b * s_segment_b + o_k * s_segment_k, mask=m_k, other=0
-        ).to(tl.int64)
-        b_key = b_segment * 0x100000000 + (b_key.to(tl.int64) + 0x80000000)
+        p_segment += i_b * s_segment_b
+    b_key = ranks(p_score, p_segment, o_k, m_k, s_k, s_segment_k, SEGMENTS)
     tl.store(p_key + i_bg * row + o_k, b_key, mask=m_k)
     tl.store(p_expiry + i_bg * count + o_k, tl.full([BLOCK], NEVER, tl.int32), mask=m_k)
     if i_bg == 0:
@@ -183,21 +190,26 @@ def best_kernel(
     chunks,
     count,
     keep,
+    old,
     row,
+    row_slot,
     row_to,
     SIZE: tl.constexpr,
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
     MOVED: tl.constexpr,
 ):
-    """List the best ``keep`` keys of each chunk of SIZE slots, in order of slots."""
+    """List the best ``keep`` keys of each chunk of SIZE entries, in order of slots.
+
+    In either list the chunks begin behind ``old`` entries.
+    """
     i_bg = (tl.program_id(0) // chunks).to(tl.int64)
     i_c = tl.program_id(0) % chunks
-    p_key += i_bg * row + i_c * SIZE
-    p_slot += i_c * SIZE
+    p_key += i_bg * row + old + i_c * SIZE
+    p_slot += i_bg * row_slot + old + i_c * SIZE
     here = tl.minimum(SIZE, count - i_c * SIZE)
     low_key, low_slot = _kth_best(p_key, p_slot, here, tl.minimum(keep, here), LOWEST, BLOCK)
-    to = i_bg * row_to + i_c * keep
+    to = i_bg * row_to + old + i_c * keep
     HIGHEST: tl.constexpr = -(LOWEST + 1)
     _move_between(
         p_key,
@@ -278,6 +290,8 @@ def _expire(
             key = tl.where(i < old, tl.load(p_key + i), LOWEST)
             # Of equal keys the earlier one beats.
             b_left -= (key > b_key - (i < o_j).to(b_key.dtype)).to(tl.int32)
+    # Where a selection begins, own keys may be there that the old ones refuse.
+    b_end = tl.where(b_left == 0, 0, b_end)
     for first in range(0, own, 8):
         for u in tl.static_range(8):
             i = old + tl.minimum(first + u, own - 1)

@@ -52,6 +52,7 @@ def span_lists(expiry: Tensor, *, q_len: int, most: int) -> SpanLists:
             groups,
             *expiry.stride()[:2],
             k_len,
+            k_len - q_len,
             u0,
             spans,
             width,
@@ -62,7 +63,7 @@ def span_lists(expiry: Tensor, *, q_len: int, most: int) -> SpanLists:
     return SpanLists(keys, counts)
 
 
-@triton.jit(do_not_specialize=["G", "K", "u0", "spans", "width"])
+@triton.jit(do_not_specialize=["G", "K", "first_row", "u0", "spans", "width"])
 def _span_kernel(
     p_expiry,
     p_order,
@@ -72,6 +73,7 @@ def _span_kernel(
     s_b,
     s_g,
     K,
+    first_row,
     u0,
     spans,
     width,
@@ -85,19 +87,20 @@ def _span_kernel(
     p_keys += (i_bg * spans + i_u) * width
     a = (u0 + i_u) * SPAN
     b = tl.minimum(a + SPAN, K)
+    first = tl.maximum(a, first_row)
     n = 0
     for start in range(0, tl.where(a > 0, K, 0), BLOCK):
         o = start + tl.arange(0, BLOCK)
         o_j = tl.load(p_order + o, mask=o < K, other=0).to(tl.int32)
         b_e = tl.load(p_expiry + o_j, mask=o < K, other=0)
-        lives = (o_j < a) & (b_e > a)
+        lives = (o_j < a) & (b_e > first)
         place = n + tl.cumsum(lives.to(tl.int32), 0)
         tl.store(p_keys + place - 1, o_j, mask=lives & (place <= width))
         n = tl.max(place, 0)
     for start in range(a, b, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
         b_e = tl.load(p_expiry + o_j, mask=o_j < b, other=0)
-        lives = b_e > o_j
+        lives = (b_e > o_j) & (b_e > first)
         place = n + tl.cumsum(lives.to(tl.int32), 0)
         tl.store(p_keys + place - 1, o_j, mask=lives & (place <= width))
         n = tl.max(place, 0)

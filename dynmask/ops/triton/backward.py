@@ -9,6 +9,8 @@ is the same in every run.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +18,14 @@ from torch import Tensor
 
 from dynmask.masks.triton.schedule import TILE, TileLists
 from dynmask.masks.triton.spans import SPAN, SpanLists
-from dynmask.ops.triton import hopper, hopper_dkdv, hopper_dq
-from dynmask.ops.triton.common import dkdv_tiles, dot_precision, dq_tiles, int32_offsets, padded_dim
+from dynmask.ops.triton.common import (
+    dkdv_tiles,
+    dot_precision,
+    dq_tiles,
+    int32_offsets,
+    on_hopper,
+    padded_dim,
+)
 from dynmask.ops.triton.dkdv import add_kernel, dkdv_kernel
 from dynmask.ops.triton.dq import dq_kernel
 
@@ -34,6 +42,7 @@ def backward(
     lists: TileLists | None,
     spans: SpanLists,
     scale: float,
+    immortal: bool,
     out: Tensor,
     lse: Tensor,
     grad: Tensor,
@@ -54,6 +63,7 @@ def backward(
         lists: See there.
         spans: Of the same expiry and Q.
         scale: Factor of the logits.
+        immortal: Whether no key ever expires.
         out: ``[B, H, Q, D]``, the forward's result.
         lse: ``[B, H, Q]`` float32, the forward's.
         grad: ``[B, H, Q, D]``, gradient in ``out``, last stride 1.
@@ -79,7 +89,7 @@ def backward(
         ROWS=32,
         **head_size,
     )
-    # Without a bias its pointers are not read, but Gluon needs a tensor there.
+    # Without a bias or lists their pointers are not read, but Gluon needs tensors there.
     tensors = (q, k, v, q if bias is None else bias, expiry, grad, lse, delta)
     strides = (
         *q.stride()[:3],
@@ -103,7 +113,7 @@ def backward(
     tiles = triton.cdiv(k_len, TILE) - t0
     arguments = (
         *tensors,
-        *((None, None, None) if lists is None else lists),
+        *((expiry, expiry, expiry) if lists is None else lists),
         dq,
         *strides,
         *dq.stride()[:3],
@@ -112,16 +122,18 @@ def backward(
         t0,
         tiles,
     )
-    if hopper.fits(q) and lists is not None:
+    walk = {"LISTED": lists is not None, "IMMORTAL": immortal, "TILE": TILE}
+    hopper = on_hopper(q)
+    if hopper:
+        hopper_dq = importlib.import_module("dynmask.ops.triton.hopper_dq")
         grid = tiles * triton.cdiv(TILE * ratio, 2 * hopper_dq.ROWS), batch * groups
         tile = {"ROWS": hopper_dq.ROWS, "BLOCK_N": hopper_dq.BLOCK_N, "num_warps": 4}
-        hopper_dq.dq_kernel[grid](*arguments, **common, TILE=TILE, **tile)
+        hopper_dq.dq_kernel[grid](*arguments, **common, **walk, **tile)
     else:
         block_m, block_n, warps, stages = dq_tiles(q)
         grid = tiles * triton.cdiv(TILE * ratio, block_m), batch * groups
         tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-        listed = {"LISTED": lists is not None, "TILE": TILE}
-        dq_kernel[grid](*arguments, **common, **portable, **listed, **tile)
+        dq_kernel[grid](*arguments, **common, **portable, **walk, **tile)
 
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
     dbias = torch.zeros(k.shape[:3], device=q.device)
@@ -146,7 +158,8 @@ def backward(
             count,
             width,
         )
-        if hopper.fits(q):
+        if hopper:
+            hopper_dkdv = importlib.import_module("dynmask.ops.triton.hopper_dkdv")
             programs = triton.cdiv(width, 2 * hopper_dkdv.KEYS), batch * groups, here
             tile = {"KEYS": hopper_dkdv.KEYS, "BLOCK_M": hopper_dkdv.BLOCK_M, "num_warps": 4}
             hopper_dkdv.dkdv_kernel[programs](*arguments, **common, SPAN=SPAN, **tile)

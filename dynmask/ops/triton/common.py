@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from functools import cache
 
 import torch
 import triton
@@ -67,3 +69,23 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_hopper(q: Tensor) -> bool:
+    """Tell whether the Hopper kernels run a call: half precision, head size 64 or 128."""
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] in (64, 128)
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and _has_gluon()
+    )
+
+
+@cache
+def _has_gluon() -> bool:
+    try:
+        importlib.import_module("dynmask.ops.triton.gluon")
+    except ImportError:
+        return False
+    return True

@@ -19,12 +19,18 @@ from dynmask.ops.triton.common import (
 # Packed rows (query rows times heads of a group) up to which this kernel runs instead of the
 # gathering one: with few rows the time goes into reading keys.
 MOST_ROWS = 64
-_BLOCK = 64
+_BLOCK = 128
 _CHUNK = 256
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expiry: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    scale: float,
+    immortal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend from ``Q (H / G) <= 64`` packed rows to all keys that they see.
 
@@ -38,6 +44,7 @@ def decode(
         bias: ``[B, G, K]`` float32, contiguous along K, or None.
         expiry: ``[B, G, K]`` int32, contiguous along K.
         scale: Factor of the logits.
+        immortal: Whether no key ever expires; then the expiries are not read.
 
     Returns:
         ``[B, H, Q, D]`` in q's dtype and the log-sum-exp ``[B, H, Q]`` float32, natural.
@@ -83,16 +90,17 @@ def decode(
         chunk,
         splits,
         HAS_BIAS=bias is not None,
+        IMMORTAL=immortal,
         WIDE=not int32_offsets(k, v),
         SPLIT=splits > 1,
         PRECISION=dot_precision(q),
         BLOCK_N=_BLOCK,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
         **shape,
     )
     if splits > 1:
-        _combine_kernel[(rows, batch * groups)](
+        combine_kernel[(rows, batch * groups)](
             part,
             part_lse,
             out,
@@ -108,6 +116,50 @@ def decode(
             num_warps=4,
         )
     return out, lse
+
+
+@triton.jit
+def _decode_block(
+    b_q,
+    b_acc,
+    b_max,
+    b_sum,
+    p_k,
+    p_v,
+    p_bias,
+    o_j,
+    b_e,
+    o_slot,
+    o_d,
+    s_kn,
+    s_vn,
+    first_slot,
+    scale_log2,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One online-softmax step; only keys and values that some row sees are read."""
+    m_j = b_e > tl.maximum(o_j, first_slot)
+    o_row = o_j.to(tl.int64) if WIDE else o_j
+    m_jd = m_j[:, None] & (o_d < D)[None, :]
+    b_k = tl.load(p_k + o_row[:, None] * s_kn + o_d[None, :], mask=m_jd, other=0.0)
+    b_v = tl.load(p_v + o_row[:, None] * s_vn + o_d[None, :], mask=m_jd, other=0.0)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+    if HAS_BIAS:
+        b_bias = tl.load(p_bias + o_j, mask=m_j, other=0.0)
+        b_s += (b_bias * 1.4426950408889634)[None, :]
+    m_s = (o_j[None, :] <= o_slot[:, None]) & (o_slot[:, None] < b_e[None, :])
+    b_s = tl.where(m_s & m_j[None, :], b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.math.exp2(b_s - b_safe[:, None])
+    b_alpha = tl.math.exp2(b_max - b_safe)
+    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+    b_acc = b_acc * b_alpha[:, None]
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_new, b_sum
 
 
 @triton.jit(do_not_specialize=["s_bb", "s_bg", "s_eb", "s_eg", "G", "Q", "K", "chunk", "splits"])
@@ -148,6 +200,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IMMORTAL: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -177,27 +230,53 @@ def _decode_kernel(
     end = tl.minimum((i_s + 1) * chunk, K)
     for start in range(i_s * chunk, end, BLOCK_N):
         o_j = start + tl.arange(0, BLOCK_N)
-        b_e = tl.load(p_expiry + o_j, mask=o_j < end, other=0)
-        m_j = b_e > tl.maximum(o_j, K - Q)
-        if tl.max(m_j.to(tl.int32), 0) > 0:
-            o_row = o_j.to(tl.int64) if WIDE else o_j
-            m_jd = m_j[:, None] & (o_d < D)[None, :]
-            b_k = tl.load(p_k + o_row[:, None] * s_kn + o_d[None, :], mask=m_jd, other=0.0)
-            b_v = tl.load(p_v + o_row[:, None] * s_vn + o_d[None, :], mask=m_jd, other=0.0)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-            if HAS_BIAS:
-                b_bias = tl.load(p_bias + o_j, mask=m_j, other=0.0)
-                b_s += (b_bias * 1.4426950408889634)[None, :]
-            m_s = (o_j[None, :] <= o_slot[:, None]) & (o_slot[:, None] < b_e[None, :])
-            b_s = tl.where(m_s & m_j[None, :], b_s, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_p = tl.math.exp2(b_s - b_safe[:, None])
-            b_alpha = tl.math.exp2(b_max - b_safe)
-            b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-            b_acc = b_acc * b_alpha[:, None]
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-            b_max = b_new
+        if IMMORTAL:
+            # No branch on what was read, so that Triton can load ahead.
+            b_acc, b_max, b_sum = _decode_block(
+                b_q,
+                b_acc,
+                b_max,
+                b_sum,
+                p_k,
+                p_v,
+                p_bias,
+                o_j,
+                tl.where(o_j < end, K, 0),
+                o_slot,
+                o_d,
+                s_kn,
+                s_vn,
+                K - Q,
+                scale_log2,
+                D,
+                HAS_BIAS,
+                WIDE,
+                PRECISION,
+            )
+        else:
+            b_e = tl.load(p_expiry + o_j, mask=o_j < end, other=0)
+            if tl.max((b_e > tl.maximum(o_j, K - Q)).to(tl.int32), 0) > 0:
+                b_acc, b_max, b_sum = _decode_block(
+                    b_q,
+                    b_acc,
+                    b_max,
+                    b_sum,
+                    p_k,
+                    p_v,
+                    p_bias,
+                    o_j,
+                    b_e,
+                    o_slot,
+                    o_d,
+                    s_kn,
+                    s_vn,
+                    K - Q,
+                    scale_log2,
+                    D,
+                    HAS_BIAS,
+                    WIDE,
+                    PRECISION,
+                )
     empty = b_sum == 0
     b_acc = b_acc / tl.where(empty, 1.0, b_sum)[:, None]
     b_lse = tl.where(empty, float("-inf"), b_max + tl.math.log2(b_sum))
@@ -212,7 +291,7 @@ def _decode_kernel(
 
 
 @triton.jit(do_not_specialize=["G", "Q", "splits"])
-def _combine_kernel(
+def combine_kernel(
     p_part,
     p_part_lse,
     p_out,

@@ -167,7 +167,7 @@ def dkdv_kernel(
         a = tl.maximum((u0 + i_u) * SPAN, offset)
         b = tl.minimum((u0 + i_u + 1) * SPAN, K)
         o_first = tl.where(m_j, tl.maximum(o_j, a), b)
-        o_last = tl.where(m_j, tl.minimum(b_e, b), a)
+        o_last = tl.where(m_j, tl.maximum(tl.minimum(b_e, b), a), a)
         first = (tl.min(o_first, 0) - offset) * R // BLOCK_M * BLOCK_M
         last = (tl.max(o_last, 0) - offset) * R
         all_first = tl.max(o_first, 0) - offset

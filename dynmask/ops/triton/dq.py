@@ -120,6 +120,7 @@ def dq_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     LISTED: tl.constexpr,
+    IMMORTAL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -157,7 +158,7 @@ def dq_kernel(
         n_full = tl.load(p_full + i_list)
         total = n_full + tl.load(p_partial + i_list)
     else:
-        n_full = 0
+        n_full = a + 1 if IMMORTAL else 0
         total = tl.minimum(a + TILE, K)
     scale_log2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)

@@ -26,6 +26,8 @@ def forward(
     expiry: Tensor,
     lists: TileLists | None,
     scale: float,
+    immortal: bool = False,
+    tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the listed keys, or to whole prefixes without lists.
 
@@ -37,6 +39,8 @@ def forward(
         expiry: ``[B, G, K]`` int32, contiguous along K.
         lists: Of this expiry and this Q, or None.
         scale: Factor of the logits.
+        immortal: Whether no key ever expires, so that without lists few pairs need a test.
+        tile: Query slots of the lists' tiles.
 
     Returns:
         ``[B, H, Q, D]`` in q's dtype and the log-sum-exp ``[B, H, Q]`` float32, natural.
@@ -46,10 +50,10 @@ def forward(
     ratio = heads // groups
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    t0 = (k_len - q_len) // TILE
-    tiles = triton.cdiv(k_len, TILE) - t0
+    t0 = (k_len - q_len) // tile
+    tiles = triton.cdiv(k_len, tile) - t0
     block_m, block_n, warps, stages = forward_tiles(q, ratio)
-    parts = triton.cdiv(TILE * ratio, block_m)
+    parts = triton.cdiv(tile * ratio, block_m)
     _forward_kernel[(tiles * parts, batch * groups)](
         q,
         k,
@@ -79,7 +83,8 @@ def forward(
         WIDE=not int32_offsets(k, v),
         PRECISION=dot_precision(q),
         LISTED=lists is not None,
-        TILE=TILE,
+        IMMORTAL=immortal,
+        TILE=tile,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=warps,
@@ -206,6 +211,7 @@ def _forward_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     LISTED: tl.constexpr,
+    IMMORTAL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -240,7 +246,7 @@ def _forward_kernel(
         n_full = tl.load(p_full + i_list)
         total = n_full + tl.load(p_partial + i_list)
     else:
-        n_full = 0
+        n_full = a + 1 if IMMORTAL else 0
         total = tl.minimum(a + TILE, K)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)

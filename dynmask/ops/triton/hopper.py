@@ -12,28 +12,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from dynmask.masks.triton.schedule import TILE, TileLists
 from dynmask.ops.triton.common import LOG2E, int32_offsets
+from dynmask.ops.triton.gluon import (
+    arrive_when_copied,
+    async_load,
+    barrier,
+    gl,
+    gluon,
+    hopper,
+    mbarrier,
+)
 
 # Rows of a computing group: as many as a product of four warps has.
 ROWS = 64
 BLOCK_N = 128
-
-
-def fits(q: Tensor) -> bool:
-    """Tell whether the Hopper kernels run the call: half precision, head size 64 or 128."""
-    return (
-        q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] in (64, 128)
-    )
 
 
 def forward(
@@ -42,8 +36,9 @@ def forward(
     v: Tensor,
     bias: Tensor | None,
     expiry: Tensor,
-    lists: TileLists,
+    lists: TileLists | None,
     scale: float,
+    immortal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Do what `dynmask.ops.triton.forward.forward` does, where `fits`."""
     batch, heads, q_len, dim = q.shape
@@ -52,7 +47,7 @@ def forward(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     t0 = (k_len - q_len) // TILE
-    tiles = lists.full.shape[-1]
+    tiles = -(-k_len // TILE) - t0
     parts = -(-TILE * ratio // (2 * ROWS))
     _forward_kernel[(tiles * parts, batch * groups)](
         q,
@@ -60,9 +55,8 @@ def forward(
         v,
         q if bias is None else bias,
         expiry,
-        lists.keys,
-        lists.full,
-        lists.partial,
+        # Without lists their pointers are not read, but Gluon needs tensors there.
+        *((expiry, expiry, expiry) if lists is None else lists),
         out,
         lse,
         *q.stride()[:3],
@@ -71,7 +65,7 @@ def forward(
         *out.stride()[:3],
         *((0, 0) if bias is None else bias.stride()[:2]),
         *expiry.stride()[:2],
-        *lists.keys.stride()[:3],
+        *((0, 0, 0) if lists is None else lists.keys.stride()[:3]),
         scale * LOG2E,
         groups,
         q_len,
@@ -81,6 +75,8 @@ def forward(
         R=ratio,
         D=dim,
         HAS_BIAS=bias is not None,
+        LISTED=lists is not None,
+        IMMORTAL=immortal,
         WIDE=not int32_offsets(k, v),
         TILE=TILE,
         ROWS=ROWS,
@@ -145,6 +141,8 @@ def _forward_kernel(
     R: gl.constexpr,
     D: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    LISTED: gl.constexpr,
+    IMMORTAL: gl.constexpr,
     WIDE: gl.constexpr,
     TILE: gl.constexpr,
     ROWS: gl.constexpr,
@@ -152,7 +150,7 @@ def _forward_kernel(
 ):
     dtype: gl.constexpr = p_q.dtype.element_ty
     parts: gl.constexpr = (TILE * R + 2 * ROWS - 1) // (2 * ROWS)
-    i_t = gl.program_id(0) // parts
+    i_t = tiles - 1 - gl.program_id(0) // parts  # Prefixes: the longest first.
     i_part = gl.program_id(0) % parts
     i_b = (gl.program_id(1) // G).to(gl.int64)
     i_g = (gl.program_id(1) % G).to(gl.int64)
@@ -163,12 +161,16 @@ def _forward_kernel(
     p_lse += (i_b * G + i_g) * R * Q
     p_bias += i_b * s_bb + i_g * s_bg
     p_expiry += i_b * s_eb + i_g * s_eg
-    p_keys += i_b * s_lb + i_g * s_lg + i_t * s_lt
+    if LISTED:
+        p_keys += i_b * s_lb + i_g * s_lg + i_t * s_lt
     i_list = (i_b * G + i_g) * tiles + i_t
-    n_full = gl.load(p_full + i_list)
-    total = n_full + gl.load(p_partial + i_list)
-    jump = s_lt - total
     a = (t0 + i_t) * TILE
+    if LISTED:
+        n_full = gl.load(p_full + i_list)
+        total = n_full + gl.load(p_partial + i_list)
+    else:
+        total = gl.minimum(a + TILE, K)
+        n_full = a + 1 if IMMORTAL else 0
 
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     column_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -193,7 +195,7 @@ def _forward_kernel(
 
     columns = (k_smem, v_smem, bias_smem, limits_smem)
     barriers = (k_copied, v_copied, limits, k_free, v_free)
-    listed = (p_keys, n_full, total, jump, a)
+    listed = (p_keys, n_full, total, s_lt - total, a)
     queries = (p_q, s_qh, s_qn, p_out, s_oh, s_on, p_lse, Q, K, scale_log2)
     first = i_part * 2 * ROWS
     gl.warp_specialize(
@@ -229,6 +231,7 @@ def _forward_kernel(
                     barriers,
                     listed,
                     HAS_BIAS,
+                    LISTED,
                     WIDE,
                     TILE,
                 ),
@@ -251,23 +254,24 @@ def _copy(
     barriers,
     listed,
     HAS_BIAS: gl.constexpr,
+    LISTED: gl.constexpr,
     WIDE: gl.constexpr,
     TILE: gl.constexpr,
 ):
     """Bring block after block of the list's keys, values, biases and limits to shared memory."""
     k_smem, v_smem, bias_smem, limits_smem = columns
     k_copied, v_copied, limits, k_free, v_free = barriers
-    p_keys, n_full, total, jump, a = listed
+    _, n_full, total, _, a = listed
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     column: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for block in range(gl.maximum((total + BLOCK_N - 1) // BLOCK_N, 1)):
         i = block % 2
         phase = (block // 2 + 1) % 2
         o = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=column)
-        o_j = gl.load(p_keys + o + gl.where(o < n_full, 0, jump), mask=o < total, other=0)
+        o_j = listed_keys(listed, o, LISTED)
         mbarrier.wait(k_free.index(i), phase)
         if HAS_BIAS:
-            async_copy.async_copy_global_to_shared(bias_smem.index(i), p_bias + o_j)
+            async_load(bias_smem.index(i), p_bias + o_j)
         if (block + 1) * BLOCK_N > n_full:
             # When each key is born and dies, as rows of the tile in the halves of an int32:
             # registers are what the computing groups are short of.
@@ -275,19 +279,27 @@ def _copy(
             birth = gl.minimum(gl.maximum(o_j - a, 0), TILE)
             death = gl.minimum(gl.maximum(b_e, a) - a, TILE)
             limits_smem.index(i).store(birth + (death << 16))
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(limits.index(i), count=1)
-        gather_keys(k_smem.index(i), p_k, s_kn, listed, block, WIDE)
-        async_copy.mbarrier_arrive(k_copied.index(i), increment_count=False)
+        gather_keys(k_smem.index(i), p_k, s_kn, listed, block, LISTED, WIDE)
+        arrive_when_copied(k_copied.index(i), increment_count=False)
         mbarrier.wait(v_free.index(i), phase)
-        gather_keys(v_smem.index(i), p_v, s_vn, listed, block, WIDE)
-        async_copy.mbarrier_arrive(v_copied.index(i), increment_count=False)
+        gather_keys(v_smem.index(i), p_v, s_vn, listed, block, LISTED, WIDE)
+        arrive_when_copied(v_copied.index(i), increment_count=False)
 
 
 @gluon.jit
-def gather_keys(smem, p_rows, s_n, listed, block, WIDE: gl.constexpr):
-    """Copy one block's rows, a few at a time: the copying warps have few registers."""
+def listed_keys(listed, o, LISTED: gl.constexpr):
+    """Return the key slots at places ``o`` of a tile's list, or of its prefix; 0 past the end."""
     p_keys, n_full, total, jump, _ = listed
+    if LISTED:
+        return gl.load(p_keys + o + gl.where(o < n_full, 0, jump), mask=o < total, other=0)
+    return gl.where(o < total, o, 0)
+
+
+@gluon.jit
+def gather_keys(smem, p_rows, s_n, listed, block, LISTED: gl.constexpr, WIDE: gl.constexpr):
+    """Copy one block's rows, a few at a time: the copying warps have few registers."""
     BLOCK_N: gl.constexpr = smem.shape[0]
     D: gl.constexpr = smem.shape[1]
     STEP: gl.constexpr = 32
@@ -295,10 +307,10 @@ def gather_keys(smem, p_rows, s_n, listed, block, WIDE: gl.constexpr):
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, copies))
     for step in gl.static_range(BLOCK_N // STEP):
         o = block * BLOCK_N + step * STEP + gl.arange(0, STEP, layout=gl.SliceLayout(1, copies))
-        o_j = gl.load(p_keys + o + gl.where(o < n_full, 0, jump), mask=o < total, other=0)
+        o_j = listed_keys(listed, o, LISTED)
         o_row = o_j.to(gl.int64) if WIDE else o_j
         p = p_rows + gl.expand_dims(o_row, 1) * s_n + gl.expand_dims(o_d, 0)
-        async_copy.async_copy_global_to_shared(smem.slice(step * STEP, STEP), p)
+        async_load(smem.slice(step * STEP, STEP), p)
 
 
 @gluon.jit
@@ -341,7 +353,7 @@ def _compute(
     b_sum = gl.full([ROWS], 0.0, gl.float32, rows)
     b_acc = gl.full([ROWS, D], 0.0, gl.float32, sums)
     zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, logits)
-    gl.thread_barrier()
+    barrier()
 
     mbarrier.wait(k_copied.index(0), 0)
     hopper.fence_async_shared()

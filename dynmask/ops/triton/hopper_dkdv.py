@@ -6,15 +6,19 @@ See `dynmask.ops.triton.hopper` for how copies and products overlap.
 
 from __future__ import annotations
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from dynmask.ops.triton.gluon import (
+    arrive_when_copied,
+    async_load,
+    barrier,
+    gl,
+    gluon,
+    hopper,
+    mbarrier,
+)
 
 # Keys of a computing group, and rows that come at a time.
 KEYS = 64
-BLOCK_M = 64
+BLOCK_M = 32
 
 
 @gluon.jit(
@@ -116,7 +120,7 @@ def dkdv_kernel(
     o_j = gl.load(p_keys + o_l, mask=o_l < count, other=0)
     b_e = gl.load(p_expiry + o_j, mask=o_l < count, other=0)
     start = gl.min(gl.where(o_l < count, gl.maximum(o_j, a), b), 0) - offset
-    end = gl.max(gl.where(o_l < count, gl.minimum(b_e, b), a), 0) - offset
+    end = gl.maximum(gl.max(gl.where(o_l < count, gl.minimum(b_e, b), a), 0), a) - offset
     m_first = start * R
     blocks = ((end - start) * R + BLOCK_M - 1) // BLOCK_M
 
@@ -186,11 +190,11 @@ def _dkdv_copy(
         o_m = gl.minimum(m + gl.arange(0, BLOCK_M, layout=column), Q * R - 1)
         o_r = (o_m % R).to(gl.int64) * Q + o_m // R
         mbarrier.wait(free.index(i), (block // 2 + 1) % 2)
-        async_copy.async_copy_global_to_shared(lse_smem.index(i), p_lse + o_r)
-        async_copy.async_copy_global_to_shared(delta_smem.index(i), p_delta + o_r)
+        async_load(lse_smem.index(i), p_lse + o_r)
+        async_load(delta_smem.index(i), p_delta + o_r)
         _copy_rows(q_smem.index(i), p_q, s_qh, s_qn, m, Q, R)
         _copy_rows(do_smem.index(i), p_do, s_dh, s_dn, m, Q, R)
-        async_copy.mbarrier_arrive(copied.index(i), increment_count=False)
+        arrive_when_copied(copied.index(i), increment_count=False)
 
 
 @gluon.jit
@@ -205,7 +209,7 @@ def _copy_rows(smem, p_rows, s_h, s_n, m, Q, R: gl.constexpr):
         o_m = gl.minimum(o_m, Q * R - 1)
         o_row = (o_m % R).to(gl.int64) * s_h + (o_m // R).to(gl.int64) * s_n
         p = p_rows + gl.expand_dims(o_row, 1) + gl.expand_dims(o_d, 0)
-        async_copy.async_copy_global_to_shared(smem.slice(step * STEP, STEP), p)
+        async_load(smem.slice(step * STEP, STEP), p)
 
 
 @gluon.jit
@@ -260,7 +264,7 @@ def _dkdv_compute(
     b_dv = gl.full([KEYS, D], 0.0, gl.float32, sums)
     b_db = gl.full([KEYS], 0.0, gl.float32, key)
     zeros = gl.full([KEYS, BLOCK_M], 0.0, gl.float32, logits)
-    gl.thread_barrier()
+    barrier()
     hopper.fence_async_shared()
     for block in range(blocks):
         i = block % 2

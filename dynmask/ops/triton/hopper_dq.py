@@ -6,13 +6,16 @@ See `dynmask.ops.triton.hopper` for how copies and products overlap.
 
 from __future__ import annotations
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-
-from dynmask.ops.triton.hopper import gather_keys
+from dynmask.ops.triton.gluon import (
+    arrive_when_copied,
+    async_load,
+    barrier,
+    gl,
+    gluon,
+    hopper,
+    mbarrier,
+)
+from dynmask.ops.triton.hopper import gather_keys, listed_keys
 
 # Rows of a computing group, and keys that come at a time.
 ROWS = 64
@@ -79,15 +82,17 @@ def dq_kernel(
     R: gl.constexpr,
     D: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    LISTED: gl.constexpr,
+    IMMORTAL: gl.constexpr,
     WIDE: gl.constexpr,
     TILE: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Do what `dynmask.ops.triton.dq.dq_kernel` does, for listed keys."""
+    """Do what `dynmask.ops.triton.dq.dq_kernel` does."""
     dtype: gl.constexpr = p_q.dtype.element_ty
     parts: gl.constexpr = (TILE * R + 2 * ROWS - 1) // (2 * ROWS)
-    i_t = gl.program_id(0) // parts
+    i_t = tiles - 1 - gl.program_id(0) // parts
     i_part = gl.program_id(0) % parts
     i_b = (gl.program_id(1) // G).to(gl.int64)
     i_g = (gl.program_id(1) % G).to(gl.int64)
@@ -100,11 +105,17 @@ def dq_kernel(
     p_delta += (i_b * G + i_g) * R * Q
     p_bias += i_b * s_bb + i_g * s_bg
     p_expiry += i_b * s_eb + i_g * s_eg
-    p_keys += i_b * s_lb + i_g * s_lg + i_t * s_lt
+    if LISTED:
+        p_keys += i_b * s_lb + i_g * s_lg + i_t * s_lt
     i_list = (i_b * G + i_g) * tiles + i_t
-    n_full = gl.load(p_full + i_list)
-    total = n_full + gl.load(p_partial + i_list)
-    listed = (p_keys, n_full, total, s_lt - total, (t0 + i_t) * TILE)
+    a = (t0 + i_t) * TILE
+    if LISTED:
+        n_full = gl.load(p_full + i_list)
+        total = n_full + gl.load(p_partial + i_list)
+    else:
+        total = gl.minimum(a + TILE, K)
+        n_full = a + 1 if IMMORTAL else 0
+    listed = (p_keys, n_full, total, s_lt - total, a)
 
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     column_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -149,6 +160,7 @@ def dq_kernel(
                     barriers,
                     listed,
                     HAS_BIAS,
+                    LISTED,
                     WIDE,
                     TILE,
                 ),
@@ -171,31 +183,32 @@ def _dq_copy(
     barriers,
     listed,
     HAS_BIAS: gl.constexpr,
+    LISTED: gl.constexpr,
     WIDE: gl.constexpr,
     TILE: gl.constexpr,
 ):
     k_smem, v_smem, bias_smem, limits_smem = columns
     copied, limits, free = barriers
-    p_keys, n_full, total, jump, a = listed
+    _, n_full, total, _, a = listed
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     column: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for block in range((total + BLOCK_N - 1) // BLOCK_N):
         i = block % 2
         o = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=column)
-        o_j = gl.load(p_keys + o + gl.where(o < n_full, 0, jump), mask=o < total, other=0)
+        o_j = listed_keys(listed, o, LISTED)
         mbarrier.wait(free.index(i), (block // 2 + 1) % 2)
         if HAS_BIAS:
-            async_copy.async_copy_global_to_shared(bias_smem.index(i), p_bias + o_j)
+            async_load(bias_smem.index(i), p_bias + o_j)
         if (block + 1) * BLOCK_N > n_full:
             b_e = gl.load(p_expiry + o_j, mask=o < total, other=0)
             birth = gl.minimum(gl.maximum(o_j - a, 0), TILE)
             death = gl.minimum(gl.maximum(b_e, a) - a, TILE)
             limits_smem.index(i).store(birth + (death << 16))
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(limits.index(i), count=1)
-        gather_keys(k_smem.index(i), p_k, s_kn, listed, block, WIDE)
-        gather_keys(v_smem.index(i), p_v, s_vn, listed, block, WIDE)
-        async_copy.mbarrier_arrive(copied.index(i), increment_count=False)
+        gather_keys(k_smem.index(i), p_k, s_kn, listed, block, LISTED, WIDE)
+        gather_keys(v_smem.index(i), p_v, s_vn, listed, block, LISTED, WIDE)
+        arrive_when_copied(copied.index(i), increment_count=False)
 
 
 @gluon.jit
@@ -246,7 +259,7 @@ def _dq_compute(
     scale_log2 = scale * 1.4426950408889634
     b_dq = gl.full([ROWS, D], 0.0, gl.float32, sums)
     zeros = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, logits)
-    gl.thread_barrier()
+    barrier()
     hopper.fence_async_shared()
     for block in range((total + BLOCK_N - 1) // BLOCK_N):
         i = block % 2

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.masks.triton.schedule import TileLists, list_shape, tile_lists
 from dynmask.masks.triton.spans import span_lists
-from dynmask.ops.triton import hopper
 from dynmask.ops.triton.backward import backward
+from dynmask.ops.triton.common import on_hopper
 from dynmask.ops.triton.decode import decode
 from dynmask.ops.triton.forward import forward
 
@@ -40,11 +42,14 @@ def attend(
     lists: list[Tensor],
     most: int,
     scale: float,
+    immortal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp by gathered tiles; differentiable in q, k, v, bias."""
-    if lists and hopper.fits(q):
-        return hopper.forward(q, k, v, bias, expiry, TileLists(*lists), scale)
-    return forward(q, k, v, bias, expiry, _lists(lists), scale)
+    run = forward
+    if on_hopper(q):
+        run = importlib.import_module("dynmask.ops.triton.hopper").forward
+    out, lse = run(q, k, v, bias, expiry, _lists(lists), scale, immortal)
+    return out, lse
 
 
 @fake("lifetimes_attention")
@@ -57,6 +62,7 @@ def _(
     lists: list[Tensor],
     most: int,
     scale: float,
+    immortal: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -71,6 +77,7 @@ def attend_backward(
     lists: list[Tensor],
     most: int,
     scale: float,
+    immortal: bool,
     out: Tensor,
     lse: Tensor,
     grad: Tensor,
@@ -78,8 +85,8 @@ def attend_backward(
 ) -> list[Tensor]:
     """Return the gradients in q, k, v and, if there is one, bias."""
     spans = span_lists(expiry, q_len=q.shape[2], most=most)
-    args = (q, k, v, bias, expiry, _lists(lists), spans, scale, out, lse, grad, grad_lse)
-    return [t for t in backward(*args) if t is not None]
+    args = (q, k, v, bias, expiry, _lists(lists), spans, scale, immortal)
+    return [t for t in backward(*args, out, lse, grad, grad_lse) if t is not None]
 
 
 @fake("lifetimes_backward")
@@ -92,6 +99,7 @@ def _(
     lists: list[Tensor],
     most: int,
     scale: float,
+    immortal: bool,
     out: Tensor,
     lse: Tensor,
     grad: Tensor,
@@ -103,15 +111,27 @@ def _(
 
 @operator("lifetimes_decode")
 def attend_decode(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expiry: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    scale: float,
+    immortal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp of a few rows; not differentiable."""
-    return decode(q, k, v, bias, expiry, scale)
+    return decode(q, k, v, bias, expiry, scale, immortal)
 
 
 @fake("lifetimes_decode")
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expiry: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    scale: float,
+    immortal: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -121,7 +141,7 @@ def _lists(lists: list[Tensor]) -> TileLists | None:
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, bias, expiry, lists, ctx.most, ctx.scale = inputs
+    q, k, v, bias, expiry, lists, ctx.most, ctx.scale, ctx.immortal = inputs
     ctx.save_for_backward(q, k, v, bias, expiry, *output, *lists)
     ctx.set_materialize_grads(False)
 
@@ -130,14 +150,14 @@ def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     q, k, v, bias, expiry, out, lse, *lists = ctx.saved_tensors
     no_lists = [None] * len(lists)
     if grad is None and grad_lse is None:
-        return None, None, None, None, None, no_lists, None, None
+        return None, None, None, None, None, no_lists, None, None, None
     grad = torch.zeros_like(out) if grad is None else grad
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    args = (q, k, v, bias, expiry, lists, ctx.most, ctx.scale, out, lse, grad)
+    args = (q, k, v, bias, expiry, lists, ctx.most, ctx.scale, ctx.immortal, out, lse, grad)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, *dbias = attend_backward(*args, grad_lse)
-    return dq, dk, dv, dbias[0] if dbias else None, None, no_lists, None, None
+    return dq, dk, dv, dbias[0] if dbias else None, None, no_lists, None, None, None
 
 
 torch.library.register_autograd(
