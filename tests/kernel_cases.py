@@ -125,14 +125,16 @@ def assert_close_to_truth(got: Tensor, eager: Tensor, truth: Tensor, name: str =
     error = (got.double() - truth).abs().max()
     top = truth.abs().max()
     slack = top * torch.finfo(got.dtype).eps / 2
-    slack = slack + 16 * torch.finfo(torch.float32).eps * top.clamp_min(1)
+    # Gradients are sums of differences of larger numbers.
+    slack = slack + 64 * torch.finfo(torch.float32).eps * top.clamp_min(1)
     assert error <= 2 * (eager.double() - truth).abs().max() + slack, name
 
 
-def check(q, k, v, mask, bias=None, *, gradients=True):
+def check(q, k, v, mask, bias=None, *, gradients=True, seen=None):
     """Hold output, log-sum-exp and the gradients in q, k, v and bias to float64's.
 
-    Without gradients few rows go to the decode kernel.
+    Without gradients few rows go to the decode kernel. ``seen``: ``[B, H, Q, K]``, by definition
+    if None.
     """
     q, k, v, bias = place(q, k, v, bias)
     mask = mask.to(q.device)
@@ -146,7 +148,8 @@ def check(q, k, v, mask, bias=None, *, gradients=True):
     )
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
-    seen = seen_by_definition(mask, q, k)
+    if seen is None:
+        seen = seen_by_definition(mask, q, k)
     truth = naive_attention(q, k, v, seen, bias)
     assert_close_to_truth(out, naive_attention(q, k, v, seen, bias, dtype=q.dtype), truth)
     empty = ~seen.any(-1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from dynmask.masks import Lifetimes, Mask, Stripes
@@ -123,7 +125,12 @@ def supports(
 
 
 def _backend(impl: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[impl])
+    name = BACKENDS[impl]
+    if torch.compiler.is_compiling() and impl == "triton":
+        from dynmask.ops import triton  # Dynamo follows this, but not import_module.
+
+        return triton
+    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
 
 
 def choose(

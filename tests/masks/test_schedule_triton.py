@@ -28,8 +28,14 @@ def most_seen(expiry):
     return int(alive.sum(-1).max())
 
 
-def check_tiles(mask, q_len, most):
+def side_by_side(mask):
+    """The expiries as kernels read them, contiguous along K; one for all keys may be expanded."""
     (expiry,) = place(mask.expiry)
+    return expiry if expiry.stride(-1) == 1 else expiry.contiguous()
+
+
+def check_tiles(mask, q_len, most):
+    expiry = side_by_side(mask)
     lists = schedule.tile_lists(expiry, q_len=q_len, most=most)
     keys, full, partial = (t.cpu() for t in lists)
     k_len = expiry.shape[-1]
@@ -52,7 +58,7 @@ def check_tiles(mask, q_len, most):
 
 
 def check_spans(mask, q_len, most):
-    (expiry,) = place(mask.expiry)
+    expiry = side_by_side(mask)
     keys, counts = (t.cpu() for t in spans.span_lists(expiry, q_len=q_len, most=most))
     k_len = expiry.shape[-1]
     first = (k_len - q_len) // spans.SPAN

@@ -42,7 +42,13 @@ def ran(monkeypatch):
 
 @pytest.fixture(params=[1 << 20, 64], ids=["one split", "splits"])
 def splits(request, monkeypatch):
-    monkeypatch.setattr(decode, "_CHUNK", request.param)
+    split(monkeypatch, request.param)
+
+
+def split(monkeypatch, keys):
+    """Let a program have so many keys."""
+    monkeypatch.setattr(decode, "_CHUNK", keys)
+    monkeypatch.setattr(decode, "_BLOCK", min(keys, decode._BLOCK))
 
 
 def check_decode(ran, q, k, v, mask, bias=None):
@@ -58,7 +64,7 @@ def check_decode(ran, q, k, v, mask, bias=None):
 )
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks(ran, monkeypatch, kind, q_len, biased, chunk, dtype, dim):
-    monkeypatch.setattr(decode, "_CHUNK", chunk)
+    split(monkeypatch, chunk)
     q, k, v, bias = inputs(2, 4, 2, q_len, 270, dim, dtype=dtype, biased=biased)
     check_decode(ran, q, k, v, MASKS[kind](270), bias)
 
@@ -83,12 +89,14 @@ def test_lengths(ran, splits, length):
     check_decode(ran, q, k, v, lifetimes(2, 2, length), bias)
 
 
-def test_more_splits_than_are_added_at_once(ran, monkeypatch):
-    monkeypatch.setattr(decode, "_CHUNK", 64)
+@pytest.mark.parametrize("best", [slice(64), slice(-64, None)], ids=["best first", "best last"])
+def test_more_splits_than_are_added_at_once(ran, best, monkeypatch):
+    count = 64 * 37 + 5
+    split(monkeypatch, 64)
     monkeypatch.setattr(decode, "processors", lambda device: 1000)
-    q, k, v, bias = inputs(1, 2, 1, 2, 64 * 37 + 5, 16)
-    score = torch.randn(1, 1, 64 * 37 + 5)
-    check_decode(ran, q, k, v, Lifetimes.top(score, keep=300), bias)
+    q, k, v, bias = inputs(1, 2, 1, 2, count, 16)
+    bias[..., best] += 3
+    check_decode(ran, q, k, v, Lifetimes.top(torch.randn(1, 1, count), keep=300), bias)
 
 
 @pytest.mark.parametrize("kind", ["listed", "any"])

@@ -75,7 +75,7 @@ def kept_and_own(
             "LISTED": not last or own > 0,
             "LOWEST": torch.iinfo(kind).min,
             "BLOCK": block,
-            "MOVED": min(block, 4096),
+            "MOVED": min(block // 2, 4096),
             # Few warps: what does not depend on the keys of a thread is repeated by each.
             "num_warps": 16 if block > 4096 else 8,
         }

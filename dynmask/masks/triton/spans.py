@@ -18,8 +18,8 @@ class SpanLists(NamedTuple):
     """Keys that live in each span of `SPAN` query slots.
 
     Attributes:
-        keys: ``[B, G, U, C]`` int32 key slots: first those that live at the span's start, by
-            expiry, then those born in it, by birth. A block of neighbours so shares most of the
+        keys: ``[B, G, U, C]`` int32 key slots: first those that live at its first query row,
+            by expiry, then those born in it, by birth. A block of neighbours so shares most of the
             rows that see it.
         counts: ``[B, G, U]`` int32.
     """

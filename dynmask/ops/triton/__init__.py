@@ -17,6 +17,8 @@ from dynmask.ops.triton.lifetimes import prepare
 
 __all__ = ["attend", "prepare", "supports"]
 
+# Read once: it does not change, and tracing cannot look it up.
+_INTERPRETED: bool = triton.knobs.runtime.interpret
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_DIM = 256
 
@@ -31,14 +33,13 @@ def supports(
     return_lse: bool,
 ) -> str | None:
     """Return None if the kernels can run the call, else the reason why not."""
-    interpreted = triton.knobs.runtime.interpret
     if mask is None:
         return 'without a mask there is nothing to skip; impl="sdpa" runs plain causal attention'
-    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+    if q.device.type != "cuda" and not (_INTERPRETED and q.device.type == "cpu"):
         return f"the triton backend needs CUDA tensors, these are on {q.device}"
     if q.dtype not in _DTYPES:
         return f"the triton backend runs float16, bfloat16 and float32, not {q.dtype}"
-    if interpreted and q.dtype == torch.bfloat16:
+    if _INTERPRETED and q.dtype == torch.bfloat16:
         return "Triton's interpreter does not multiply bfloat16"
     if q.shape[-1] > _MOST_DIM:
         return f"the triton backend runs head sizes up to {_MOST_DIM}, not {q.shape[-1]}"

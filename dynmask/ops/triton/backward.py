@@ -72,6 +72,8 @@ def backward(
     batch, heads, q_len, dim = q.shape
     groups, k_len = k.shape[1], k.shape[2]
     ratio = heads // groups
+    # A row without keys, or whose keys all have bias -inf: exp2(-inf - 0) is 0, as it should be.
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
     delta = torch.empty_like(lse)
     rows = batch * heads * q_len
     head_size = {"D": dim, "BLOCK_D": padded_dim(dim)}

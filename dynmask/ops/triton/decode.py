@@ -20,6 +20,8 @@ from dynmask.ops.triton.common import (
 # gathering one: with few rows the time goes into reading keys.
 MOST_ROWS = 64
 _BLOCK = 128
+# Bytes of a block of keys: several of them, and as many of values, fit shared memory.
+_BLOCK_BYTES = 1 << 15
 _CHUNK = 256
 
 
@@ -55,11 +57,12 @@ def decode(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     chunk = max(_CHUNK, triton.cdiv(k_len * batch * groups, 8 * processors(q.device)))
-    chunk = triton.cdiv(chunk, _BLOCK) * _BLOCK
+    block_d = padded_dim(dim)
+    block = max(16, min(_BLOCK, _BLOCK_BYTES // (block_d * q.element_size())))
+    chunk = triton.cdiv(chunk, block) * block
     splits = triton.cdiv(k_len, chunk)
     rows = q_len * ratio
     block_m = max(16, triton.next_power_of_2(rows))
-    block_d = padded_dim(dim)
     part = part_lse = None
     if splits > 1:
         part = torch.empty(
@@ -94,7 +97,7 @@ def decode(
         WIDE=not int32_offsets(k, v),
         SPLIT=splits > 1,
         PRECISION=dot_precision(q),
-        BLOCK_N=_BLOCK,
+        BLOCK_N=block,
         num_warps=4,
         num_stages=3,
         **shape,
