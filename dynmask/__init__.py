@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dynmask.dam import MaskPlan
     from dynmask.hf import accelerate, calibrate
     from dynmask.masks import Blocks, Documents, Lifetimes, Padding, Stripes
-    from dynmask.ops import attention, supports
+    from dynmask.ops.attention import attention, supports
 
 __all__ = [
     "Blocks",

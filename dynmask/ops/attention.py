@@ -127,9 +127,9 @@ def supports(
 def _backend(impl: str) -> ModuleType:
     name = BACKENDS[impl]
     if torch.compiler.is_compiling() and impl == "triton":
-        from dynmask.ops import triton  # Dynamo follows this, but not import_module.
+        import dynmask.ops.triton as backend  # Dynamo follows this, but not import_module.
 
-        return triton
+        return backend
     return sys.modules[name] if name in sys.modules else importlib.import_module(name)
 
 
