@@ -31,6 +31,8 @@ class Lifetimes:
             be 1: one expiry for all batch rows or kv heads.
         most: At least the number of keys that any row sees, if known. Not checked: kernels size
             their key lists by it.
+        is_causal: Whether no key is hidden from any later row, as in `top` of few keys. Not
+            checked: kernels that are told so do not read the expiries.
 
     Raises:
         ValueError: If ``expiry`` is not ``[B, G, K]`` int32 or negative somewhere, or ``most`` is
@@ -42,6 +44,7 @@ class Lifetimes:
 
     expiry: Tensor
     most: int | None = None
+    is_causal: bool = False
 
     def __post_init__(self) -> None:
         if self.expiry.dim() != 3 or self.expiry.dtype != torch.int32:
@@ -58,15 +61,11 @@ class Lifetimes:
     @classmethod
     def _trusted(cls, expiry: Tensor, most: int | None, *, is_causal: bool = False) -> Lifetimes:
         """Return a mask known to be right: on a GPU every check would wait for the device."""
+        if torch.compiler.is_compiling():
+            return cls(expiry, most, is_causal)  # It skips the check too, and can be traced.
         made = object.__new__(cls)
-        made.__dict__.update(expiry=expiry, most=most, _is_causal=is_causal)
+        made.__dict__.update(expiry=expiry, most=most, is_causal=is_causal)
         return made
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether the mask is known to hide nothing from later rows, as `top` of few keys."""
-        known: bool = self.__dict__.get("_is_causal", False)
-        return known
 
     @classmethod
     def window(

@@ -70,18 +70,20 @@ def prepare(mask: Lifetimes, q_len: int, k_len: int) -> tuple[list[Tensor], int]
         The lists as operators take them (none where they would not pay), and the most keys that a
         row sees.
     """
+    if torch.compiler.is_compiling():
+        return _lists(mask, q_len, k_len)
     made = mask.__dict__.setdefault("_triton_lists", {})
-    tracing = torch.compiler.is_compiling()
-    if not tracing and (q_len, k_len) in made:
-        lists, most = made[q_len, k_len]
-        return lists, most
-    most = _most(mask)
-    lists = []
-    if is_listed(k_len, most):
-        lists = operators.schedule(_rows(mask.expiry), q_len, most)
-    if not tracing:
-        made[q_len, k_len] = lists, most
+    if (q_len, k_len) not in made:
+        made[q_len, k_len] = _lists(mask, q_len, k_len)
+    lists, most = made[q_len, k_len]
     return lists, most
+
+
+def _lists(mask: Lifetimes, q_len: int, k_len: int) -> tuple[list[Tensor], int]:
+    most = _most(mask)
+    if not is_listed(k_len, most):
+        return [], most
+    return operators.schedule(_rows(mask.expiry), q_len, most), most
 
 
 def _attend_rows(
