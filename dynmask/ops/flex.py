@@ -7,6 +7,7 @@ size, bias). On CPU tensors it runs uncompiled, with all logits in memory: for t
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +110,14 @@ def _adds(bias: Tensor, q: Tensor) -> Callable[..., Tensor]:
 def _kernel(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    def plain(*args: Any, **more: Any) -> Any:
+        with warnings.catch_warnings():
+            # Wanted: a kernel for the CPU takes half a minute to compile.
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+            return flex_attention(*args, **more)
+
     if device == "cpu":
-        return flex_attention
+        return plain
     compiled = torch.compile(flex_attention, fullgraph=True)
 
     def run(*args: Any, **more: Any) -> Any:
