@@ -192,3 +192,37 @@ def naive_gradients(q, k, v, bias, seen, grad, dtype):
         (lse * grad[..., 0] * some).sum(), high, allow_unused=True, materialize_grads=True
     )
     return [a.double() + b for a, b in zip(of_out, of_lse, strict=True)]
+
+
+def check_forward(
+    attend, mask, q_len, k_len, *, device, shape=(2, 4, 2), dim=16, bias=False, dtype=torch.float32
+):
+    """Compare output and log-sum-exp with float64 eager attention under the mask's dense matrix.
+
+    For kernels without a backward pass: ``attend(q, k, v, mask, bias, scale) -> (out, lse)``.
+
+    ``shape`` is ``(B, H, G)``.
+    """
+    batch, heads, groups = shape
+    q, k, v = tensors(batch, heads, groups, q_len, k_len, dim, dtype=dtype, seed=q_len)
+    added = torch.randn(batch, groups, k_len) if bias else None
+    ratio = heads // groups
+    seen = mask.to("cpu").dense(q_len, k_len)
+    if seen.shape[1] != heads:
+        seen = seen.expand(-1, groups, -1, -1).repeat_interleave(ratio, 1)
+    seen = seen.expand(batch, -1, -1, -1)
+    logits = q.double() @ k.double().repeat_interleave(ratio, 1).transpose(2, 3) * dim**-0.5
+    if added is not None:
+        logits += added.double().repeat_interleave(ratio, 1)[:, :, None]
+    # Heads behind tokens in memory, as projections leave them.
+    moved = [t.transpose(1, 2).contiguous().transpose(1, 2).to(device) for t in (q, k, v)]
+    moved_bias = None if added is None else added.to(device)
+    out, lse = attend(*moved, mask.to(device), moved_bias, dim**-0.5)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    close = {"rtol": 2e-5, "atol": 5e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 2e-3}
+    expected = naive_attention(q, k, v, seen, added)
+    torch.testing.assert_close(out.cpu().double(), expected, **close)
+    expected = logits.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.cpu().double(), expected, rtol=1e-5, atol=close["atol"])
+    assert (out.cpu()[~seen.any(-1)] == 0).all()

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from attention_cases import blocks, naive_blocks, padding, tensors
-from kernel_cases import require_triton
-from kernel_checks import check
+from kernel_cases import check_forward, require_triton
 
 from dynmask.masks import Blocks
 
@@ -26,7 +25,7 @@ def test_the_dense_mask_is_the_definition():
 def test_tiles_and_blocks(tile, block, device):
     mask = blocks(1, 2, 201, tile=tile, block=block, seed=tile)
     q_len = 7 if tile == 1 else 201
-    check(attend, mask, q_len, 201, shape=(1, 4, 2), bias=block == 64, device=device)
+    check_forward(attend, mask, q_len, 201, shape=(1, 4, 2), bias=block == 64, device=device)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_tiles_and_blocks(tile, block, device):
 @pytest.mark.parametrize("lists", [(1, 1), (2, 1), (1, 2)], ids=["shared", "heads", "batch"])
 def test_decode_chunks_and_shared_lists(q_len, k_len, tile, lists, device):
     mask = blocks(*lists, 300, tile=tile, block=32, seed=q_len)
-    check(attend, mask, q_len, k_len, bias=True, shape=(2, 6, 2), device=device)
+    check_forward(attend, mask, q_len, k_len, bias=True, shape=(2, 6, 2), device=device)
 
 
 @pytest.mark.parametrize("q_len", [1, 30, 120, 201])
@@ -44,7 +43,7 @@ def test_decode_chunks_and_shared_lists(q_len, k_len, tile, lists, device):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_padding(q_len, tile, batch, device):
     mask = blocks(batch, 2, 201, tile=tile, block=16, seed=3) & padding(*RUNS)
-    check(attend, mask, q_len, 201, device=device)
+    check_forward(attend, mask, q_len, 201, device=device)
 
 
 @pytest.mark.parametrize("q_len", [1, 140])
@@ -52,27 +51,29 @@ def test_padding(q_len, tile, batch, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["half", "float"])
 def test_dtypes_and_head_sizes(q_len, dim, dtype, device):
     mask = blocks(1, 1, 140, tile=128, block=16)
-    check(attend, mask, q_len, 140, shape=(1, 2, 1), dim=dim, dtype=dtype, device=device)
+    check_forward(attend, mask, q_len, 140, shape=(1, 2, 1), dim=dim, dtype=dtype, device=device)
 
 
 def test_all_blocks_are_causal_attention(device):
     indices = torch.arange(5).flip(0).repeat(1, 1, 3, 1).int()
     mask = Blocks(indices, torch.full((1, 1, 3), 5, dtype=torch.int32), 64, 128)
     assert mask.dense(300).equal(torch.ones(1, 1, 300, 300, dtype=torch.bool).tril())
-    check(attend, mask, 300, 300, device=device)
+    check_forward(attend, mask, 300, 300, device=device)
 
 
 @pytest.mark.parametrize("q_len", [1, 201])
 def test_nothing_listed(q_len, device):
     counts = torch.zeros(1, 1, 2, dtype=torch.int32)
-    check(attend, Blocks(counts[..., None][..., :0], counts, 16, 128), q_len, 201, device=device)
+    check_forward(
+        attend, Blocks(counts[..., None][..., :0], counts, 16, 128), q_len, 201, device=device
+    )
 
 
 @pytest.mark.parametrize("q_len", [1, 201])
 def test_blocks_far_beyond_the_keys(q_len, device):
     indices = torch.tensor([3, 2**31 - 1, 0, 2**30, 7], dtype=torch.int32).repeat(1, 1, 2, 1)
     mask = Blocks(indices, torch.full((1, 1, 2), 5, dtype=torch.int32), 16, 128)
-    check(attend, mask, q_len, 201, device=device)
+    check_forward(attend, mask, q_len, 201, device=device)
 
 
 @pytest.mark.parametrize("tile", [48, 128])
@@ -82,14 +83,14 @@ def test_lists_for_some_rows_at_a_time(tile, monkeypatch, device):
     monkeypatch.setattr(backend, "_attend_rows", lambda *a: calls.append(a) or run(*a))
     monkeypatch.setattr(backend, "_LIST_BYTES", 4 * 2 * 2 * 2 * 201)
     mask = blocks(1, 2, 201, tile=tile, block=32, seed=5) & padding(*RUNS)
-    check(attend, mask, 180, 201, bias=True, device=device)
+    check_forward(attend, mask, 180, 201, bias=True, device=device)
     assert len(calls) == {48: 2, 128: 1}[tile]
 
 
 def test_a_padded_copy_does_not_see_the_lists_of_the_mask(device):
     mask = blocks(1, 2, 201, tile=128, block=16, seed=4)
-    check(attend, mask, 201, 201, device=device)
-    check(attend, mask & padding(*RUNS), 201, 201, device=device)
+    check_forward(attend, mask, 201, 201, device=device)
+    check_forward(attend, mask & padding(*RUNS), 201, 201, device=device)
 
 
 def test_gradients_are_refused():

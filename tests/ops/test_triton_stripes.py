@@ -3,8 +3,7 @@
 import pytest
 import torch
 from attention_cases import naive_mask, padding, stripes, tensors
-from kernel_cases import require_triton
-from kernel_checks import check
+from kernel_cases import check_forward, require_triton
 
 from dynmask.masks import Stripes
 
@@ -30,7 +29,7 @@ def test_the_dense_mask_is_the_definition():
     ("q_len", "k_len"), [(1, 1), (65, 65), (201, 201), (300, 300), (77, 201), (9, 333)]
 )
 def test_prefill_and_chunks(q_len, k_len, bias, device):
-    check(attend, stripes(4, k_len + 1, full=(1,)), q_len, k_len, bias=bias, device=device)
+    check_forward(attend, stripes(4, k_len + 1, full=(1,)), q_len, k_len, bias=bias, device=device)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -38,12 +37,14 @@ def test_prefill_and_chunks(q_len, k_len, bias, device):
 @pytest.mark.parametrize("corner", [0, 50, 128, 260])
 def test_padding_and_corner(q_len, corner, bias, device):
     mask = stripes(4, 201, corner=corner, full=(0,), seed=2) & padding(*RUNS)
-    check(attend, mask, q_len, 201, bias=bias, device=device)
+    check_forward(attend, mask, q_len, 201, bias=bias, device=device)
 
 
 @pytest.mark.parametrize("corner", [30, 64, 100, 400])
 def test_rows_of_the_corner(corner, device):
-    check(attend, stripes(4, 193, corner=corner, full=(3,), seed=3), 193, 193, device=device)
+    check_forward(
+        attend, stripes(4, 193, corner=corner, full=(3,), seed=3), 193, 193, device=device
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,11 @@ def test_rows_of_the_corner(corner, device):
 )
 @pytest.mark.parametrize("q_len", [5, 255])
 def test_shapes_of_stripes(columns, offsets, q_len, device):
-    check(attend, one_head(columns, offsets), q_len, 255, shape=(1, 2, 1), device=device)
+    check_forward(attend, one_head(columns, offsets), q_len, 255, shape=(1, 2, 1), device=device)
 
 
 def test_streaming(device):
-    check(
+    check_forward(
         attend, Stripes.streaming(2, sinks=4, window=100), 290, 290, shape=(1, 2, 2), device=device
     )
 
@@ -77,28 +78,30 @@ def test_streaming(device):
 @pytest.mark.parametrize("dim", [24, 64, 160])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["half", "float"])
 def test_dtypes_and_head_sizes(q_len, dim, dtype, device):
-    check(attend, stripes(2, 140), q_len, 140, shape=(1, 2, 1), dim=dim, dtype=dtype, device=device)
+    check_forward(
+        attend, stripes(2, 140), q_len, 140, shape=(1, 2, 1), dim=dim, dtype=dtype, device=device
+    )
 
 
 @pytest.mark.parametrize("full", [(), (0, 2)], ids=["striped", "full"])
 def test_decode_over_many_programs(full, device):
     mask = stripes(4, 3000, full=full) & padding((0, 2800), (1500, 3000))
-    check(attend, mask, 2, 3000, bias=True, device=device)
+    check_forward(attend, mask, 2, 3000, bias=True, device=device)
 
 
 def test_all_heads_full_and_a_batch_row_without_tokens(device):
     mask = Stripes.causal(4) & padding((20, 20), (3, 141))
-    check(attend, mask, 141, 141, device=device)
-    check(attend, mask, 2, 141, device=device)
+    check_forward(attend, mask, 141, 141, device=device)
+    check_forward(attend, mask, 2, 141, device=device)
 
 
 def test_tables_are_made_once_and_serve_longer_sequences(device):
     mask = stripes(4, 400).to(device)
-    check(attend, mask, 30, 201, device=device)
+    check_forward(attend, mask, 30, 201, device=device)
     made = len(mask.derived)
-    check(attend, mask, 30, 202, device=device)
+    check_forward(attend, mask, 30, 202, device=device)
     assert len(mask.derived) == made
-    check(attend, mask, 30, 400, device=device)
+    check_forward(attend, mask, 30, 400, device=device)
 
 
 def test_hidden_keys_are_not_read_where_they_are_padding(device):
