@@ -28,7 +28,7 @@ def int32_offsets(*tensors: Tensor) -> bool:
     return all(t.shape[1] * t.stride(1) + t.shape[2] * t.stride(2) < 2**31 for t in tensors)
 
 
-def forward_tiles(q: Tensor, ratio: int) -> tuple[int, int, int, int]:
+def forward_tiles(q: Tensor) -> tuple[int, int, int, int]:
     """Return rows, keys, warps and pipeline stages of a forward program."""
     dim = padded_dim(q.shape[-1])
     if q.dtype == torch.float32:

@@ -52,7 +52,7 @@ def forward(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     t0 = (k_len - q_len) // tile
     tiles = triton.cdiv(k_len, tile) - t0
-    block_m, block_n, warps, stages = forward_tiles(q, ratio)
+    block_m, block_n, warps, stages = forward_tiles(q)
     parts = triton.cdiv(tile * ratio, block_m)
     _forward_kernel[(tiles * parts, batch * groups)](
         q,

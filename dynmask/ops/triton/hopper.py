@@ -259,33 +259,57 @@ def _copy(
     TILE: gl.constexpr,
 ):
     """Bring block after block of the list's keys, values, biases and limits to shared memory."""
-    k_smem, v_smem, bias_smem, limits_smem = columns
+    k_smem, v_smem, _, _ = columns
     k_copied, v_copied, limits, k_free, v_free = barriers
-    _, n_full, total, _, a = listed
+    _, _, total, _, _ = listed
     BLOCK_N: gl.constexpr = k_smem.shape[1]
-    column: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for block in range(gl.maximum((total + BLOCK_N - 1) // BLOCK_N, 1)):
         i = block % 2
         phase = (block // 2 + 1) % 2
-        o = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=column)
-        o_j = listed_keys(listed, o, LISTED)
-        mbarrier.wait(k_free.index(i), phase)
-        if HAS_BIAS:
-            async_load(bias_smem.index(i), p_bias + o_j)
-        if (block + 1) * BLOCK_N > n_full:
-            # When each key is born and dies, as rows of the tile in the halves of an int32:
-            # registers are what the computing groups are short of.
-            b_e = gl.load(p_expiry + o_j, mask=o < total, other=0)
-            birth = gl.minimum(gl.maximum(o_j - a, 0), TILE)
-            death = gl.minimum(gl.maximum(b_e, a) - a, TILE)
-            limits_smem.index(i).store(birth + (death << 16))
-            barrier()
-            mbarrier.arrive(limits.index(i), count=1)
+        copy_columns(
+            columns, k_free, limits, p_bias, p_expiry, listed, block, HAS_BIAS, LISTED, TILE
+        )
         gather_keys(k_smem.index(i), p_k, s_kn, listed, block, LISTED, WIDE)
         arrive_when_copied(k_copied.index(i), increment_count=False)
         mbarrier.wait(v_free.index(i), phase)
         gather_keys(v_smem.index(i), p_v, s_vn, listed, block, LISTED, WIDE)
         arrive_when_copied(v_copied.index(i), increment_count=False)
+
+
+@gluon.jit
+def copy_columns(
+    columns,
+    free,
+    limits,
+    p_bias,
+    p_expiry,
+    listed,
+    block,
+    HAS_BIAS: gl.constexpr,
+    LISTED: gl.constexpr,
+    TILE: gl.constexpr,
+):
+    """Await a block's buffers, then bring its biases, and births and deaths if a row needs them.
+
+    Births and deaths as rows of the tile, in the halves of an int32: registers are what the
+    computing groups are short of.
+    """
+    k_smem, _, bias_smem, limits_smem = columns
+    _, n_full, total, _, a = listed
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    i = block % 2
+    o = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    o_j = listed_keys(listed, o, LISTED)
+    mbarrier.wait(free.index(i), (block // 2 + 1) % 2)
+    if HAS_BIAS:
+        async_load(bias_smem.index(i), p_bias + o_j)
+    if (block + 1) * BLOCK_N > n_full:
+        b_e = gl.load(p_expiry + o_j, mask=o < total, other=0)
+        birth = gl.minimum(gl.maximum(o_j - a, 0), TILE)
+        death = gl.minimum(gl.maximum(b_e, a) - a, TILE)
+        limits_smem.index(i).store(birth + (death << 16))
+        barrier()
+        mbarrier.arrive(limits.index(i), count=1)
 
 
 @gluon.jit

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dynmask.ops.triton.gluon import (
     arrive_when_copied,
-    async_load,
     barrier,
     gl,
     gluon,
     hopper,
     mbarrier,
 )
-from dynmask.ops.triton.hopper import gather_keys, listed_keys
+from dynmask.ops.triton.hopper import copy_columns, gather_keys
 
 # Rows of a computing group, and keys that come at a time.
 ROWS = 64
@@ -187,25 +186,13 @@ def _dq_copy(
     WIDE: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    k_smem, v_smem, bias_smem, limits_smem = columns
+    k_smem, v_smem, _, _ = columns
     copied, limits, free = barriers
-    _, n_full, total, _, a = listed
+    _, _, total, _, _ = listed
     BLOCK_N: gl.constexpr = k_smem.shape[1]
-    column: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for block in range((total + BLOCK_N - 1) // BLOCK_N):
         i = block % 2
-        o = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=column)
-        o_j = listed_keys(listed, o, LISTED)
-        mbarrier.wait(free.index(i), (block // 2 + 1) % 2)
-        if HAS_BIAS:
-            async_load(bias_smem.index(i), p_bias + o_j)
-        if (block + 1) * BLOCK_N > n_full:
-            b_e = gl.load(p_expiry + o_j, mask=o < total, other=0)
-            birth = gl.minimum(gl.maximum(o_j - a, 0), TILE)
-            death = gl.minimum(gl.maximum(b_e, a) - a, TILE)
-            limits_smem.index(i).store(birth + (death << 16))
-            barrier()
-            mbarrier.arrive(limits.index(i), count=1)
+        copy_columns(columns, free, limits, p_bias, p_expiry, listed, block, HAS_BIAS, LISTED, TILE)
         gather_keys(k_smem.index(i), p_k, s_kn, listed, block, LISTED, WIDE)
         gather_keys(v_smem.index(i), p_v, s_vn, listed, block, LISTED, WIDE)
         arrive_when_copied(copied.index(i), increment_count=False)
