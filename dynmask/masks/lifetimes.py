@@ -16,6 +16,9 @@ from dynmask.masks.rank import kth_smallest_of_runs
 NEVER = torch.iinfo(torch.int32).max
 """Expiry of a key that no row evicts."""
 
+# Looked up once: tracing cannot.
+_HAS_TRITON = find_spec("triton") is not None
+
 
 @dataclass(frozen=True, eq=False)
 class Lifetimes:
@@ -171,7 +174,7 @@ class Lifetimes:
         if documents is not None:
             documents = _fitting_documents(documents, score, batches=(1, batch))
         if count <= keep:
-            expiry = _never(score.device).expand(batch, groups, count)
+            expiry = _never(count, score.device).expand(batch, groups, count)
         else:
             expiry = _expiry_of_top(score, keep, _segments(score, padding, documents), offset)
         # The selection knows segments by order alone: their ends are cut here.
@@ -298,29 +301,24 @@ def _segments(score: Tensor, padding: Padding | None, documents: Documents | Non
     return segment.expand(batch, count).contiguous()
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _never(device: torch.device) -> Tensor:
-    """Return `NEVER` as ``[1, 1, 1]`` int32, on a GPU without a launch after the first time."""
+def _never(count: int, device: torch.device) -> Tensor:
+    """Return `NEVER` as ``[1, 1, K]`` int32, on a GPU without a launch after the first times."""
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if captured or torch.compiler.is_compiling():
         # A graph fills what it makes when it runs, not now: it must not be kept.
-        return _new_never(device)
-    return _kept_never(device)
+        return _new_never(count, device)
+    return _kept_never(1 << max(count - 1, 0).bit_length(), device)[..., :count]
 
 
 @cache
-def _kept_never(device: torch.device) -> Tensor:
+def _kept_never(count: int, device: torch.device) -> Tensor:
     # Made in inference mode, it could never be saved for a gradient.
     with torch.inference_mode(False):
-        return _new_never(device)
+        return _new_never(count, device)
 
 
-def _new_never(device: torch.device) -> Tensor:
-    return torch.full((1, 1, 1), NEVER, dtype=torch.int32, device=device)
+def _new_never(count: int, device: torch.device) -> Tensor:
+    return torch.full((1, 1, count), NEVER, dtype=torch.int32, device=device)
 
 
 def _expiry_of_top(score: Tensor, keep: int, segment: Tensor | None, offset: int) -> Tensor:
@@ -335,7 +333,7 @@ def _expiry_of_top(score: Tensor, keep: int, segment: Tensor | None, offset: int
     Returns:
         ``[B, G, K]`` int32; right up to the segment's end, where the caller cuts it.
     """
-    if score.is_cuda and _has_triton():
+    if score.is_cuda and _HAS_TRITON:
         from dynmask.masks.triton.select import expiry_of_top
 
         return expiry_of_top(score, keep, segment, offset)

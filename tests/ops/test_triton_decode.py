@@ -47,8 +47,7 @@ def splits(request, monkeypatch):
 
 def split(monkeypatch, keys):
     """Let a program have so many keys."""
-    monkeypatch.setattr(decode, "_CHUNK", keys)
-    monkeypatch.setattr(decode, "_BLOCK", min(keys, decode._BLOCK))
+    monkeypatch.setattr(decode, "_LEAST_CHUNK", keys)
 
 
 def check_decode(ran, q, k, v, mask, bias=None):

@@ -105,9 +105,9 @@ def test_tables_are_made_once_and_serve_longer_sequences(device):
 
 
 def test_hidden_keys_are_not_read_where_they_are_padding(device):
-    mask = stripes(4, 201) & padding(*RUNS)
+    mask = (stripes(4, 201) & padding(*RUNS)).to(device)
     q, k, v = (t.to(device) for t in tensors(2, 4, 2, 201, 201, 16))
-    expected, _ = attend(q, k, v, mask.to(device), None, 0.25)
+    expected, _ = attend(q, k, v, mask, None, 0.25)
     hidden = ~mask.padding.dense(201)[:, None, :, None].to(device)
     out, lse = attend(
         q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan), mask, None, 0.25

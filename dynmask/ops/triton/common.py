@@ -28,11 +28,16 @@ def int32_offsets(*tensors: Tensor) -> bool:
     return all(t.shape[1] * t.stride(1) + t.shape[2] * t.stride(2) < 2**31 for t in tensors)
 
 
-def forward_tiles(q: Tensor) -> tuple[int, int, int, int]:
-    """Return rows, keys, warps and pipeline stages of a forward program."""
+def forward_tiles(q: Tensor, *, short: bool) -> tuple[int, int, int, int]:
+    """Return rows, keys, warps and pipeline stages of a forward program.
+
+    With ``short`` a program has few rows, so that a few hundred rows are spread over more of them.
+    """
     dim = padded_dim(q.shape[-1])
     if q.dtype == torch.float32:
         return (64, 32, 4, 2) if dim <= 128 else (32, 32, 4, 2)
+    if short:
+        return (32, 128, 4, 2) if dim <= 128 else (32, 64, 4, 2)
     if dim <= 64:
         return 128, 128, 4, 3
     if dim <= 128:
@@ -69,6 +74,11 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launches_early(device: torch.device) -> bool:
+    """Tell whether a kernel can be launched before the one it waits for has ended (sm_90 on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def on_hopper(q: Tensor) -> bool:

@@ -7,11 +7,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dynmask.ops.triton.common import (
     LOG2E,
     dot_precision,
     int32_offsets,
+    launches_early,
     padded_dim,
     processors,
 )
@@ -22,7 +24,9 @@ MOST_ROWS = 64
 _BLOCK = 128
 # Bytes of a block of keys: several of them, and as many of values, fit shared memory.
 _BLOCK_BYTES = 1 << 15
-_CHUNK = 256
+# Short caches are latency: a program then has one small block of keys.
+_LEAST_CHUNK = 64
+_MOST_SPLITS = 128
 
 
 def decode(
@@ -56,9 +60,11 @@ def decode(
     ratio = heads // groups
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    chunk = max(_CHUNK, triton.cdiv(k_len * batch * groups, 8 * processors(q.device)))
+    even = triton.cdiv(k_len * batch * groups, 8 * processors(q.device))
+    chunk = max(_LEAST_CHUNK, even, triton.cdiv(k_len, _MOST_SPLITS))
     block_d = padded_dim(dim)
-    block = max(16, min(_BLOCK, _BLOCK_BYTES // (block_d * q.element_size())))
+    block = max(16, min(_BLOCK, chunk, _BLOCK_BYTES // (block_d * q.element_size())))
+    block = triton.next_power_of_2(block + 1) // 2  # Rounded down.
     chunk = triton.cdiv(chunk, block) * block
     splits = triton.cdiv(k_len, chunk)
     rows = q_len * ratio
@@ -70,6 +76,7 @@ def decode(
         )
         part_lse = torch.empty(batch * groups, splits, rows, dtype=torch.float32, device=q.device)
     shape = {"R": ratio, "D": dim, "BLOCK_D": block_d, "BLOCK_M": block_m}
+    early = splits > 1 and launches_early(q.device)
     _decode_kernel[(splits, batch * groups)](
         q,
         k,
@@ -97,6 +104,7 @@ def decode(
         WIDE=not int32_offsets(k, v),
         SPLIT=splits > 1,
         PRECISION=dot_precision(q),
+        EARLY=early,
         BLOCK_N=block,
         num_warps=4,
         num_stages=3,
@@ -116,7 +124,9 @@ def decode(
             D=dim,
             BLOCK_D=block_d,
             BLOCK_S=32,
+            EARLY=early,
             num_warps=4,
+            **({"launch_pdl": True} if early else {}),
         )
     return out, lse
 
@@ -207,8 +217,11 @@ def _decode_kernel(
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     i_s = tl.program_id(0)
     i_bg = tl.program_id(1)
     i_b = (i_bg // G).to(tl.int64)
@@ -309,8 +322,14 @@ def combine_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
-    """Weigh the partial outputs of one packed row by their sums of exponentials."""
+    """Weigh the partial outputs of one packed row by their sums of exponentials.
+
+    With EARLY it is launched before the partial outputs are there, and waits for them.
+    """
+    if EARLY:
+        gdc_wait()
     i_m = tl.program_id(0)
     i_bg = tl.program_id(1)
     i_b = (i_bg // G).to(tl.int64)

@@ -17,6 +17,8 @@ from dynmask.ops.triton.common import (
     padded_dim,
 )
 
+_SHORT_TILE = 16
+
 
 def forward(
     q: Tensor,
@@ -28,6 +30,7 @@ def forward(
     scale: float,
     immortal: bool = False,
     tile: int = TILE,
+    short: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the listed keys, or to whole prefixes without lists.
 
@@ -41,6 +44,7 @@ def forward(
         scale: Factor of the logits.
         immortal: Whether no key ever expires, so that without lists few pairs need a test.
         tile: Query slots of the lists' tiles.
+        short: Whether there are so few rows that smaller programs pay; only without lists.
 
     Returns:
         ``[B, H, Q, D]`` in q's dtype and the log-sum-exp ``[B, H, Q]`` float32, natural.
@@ -50,9 +54,11 @@ def forward(
     ratio = heads // groups
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    if short:
+        tile = _SHORT_TILE
     t0 = (k_len - q_len) // tile
     tiles = triton.cdiv(k_len, tile) - t0
-    block_m, block_n, warps, stages = forward_tiles(q)
+    block_m, block_n, warps, stages = forward_tiles(q, short=short)
     parts = triton.cdiv(tile * ratio, block_m)
     _forward_kernel[(tiles * parts, batch * groups)](
         q,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynmask.masks.triton.library import LIBRARY, fake, operator
-from dynmask.masks.triton.schedule import TileLists, list_shape, tile_lists
+from dynmask.masks.triton.schedule import TILE, TileLists, list_shape, tile_lists
 from dynmask.masks.triton.spans import span_lists
 from dynmask.ops.triton.backward import backward
 from dynmask.ops.triton.common import on_hopper
@@ -45,6 +45,8 @@ def attend(
     immortal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp by gathered tiles; differentiable in q, k, v, bias."""
+    if immortal and _is_short(q, k):
+        return forward(q, k, v, bias, expiry, None, scale, True, short=True)
     run = forward
     if on_hopper(q):
         run = importlib.import_module("dynmask.ops.triton.hopper").forward
@@ -134,6 +136,13 @@ def _(
     immortal: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _is_short(q: Tensor, k: Tensor) -> bool:
+    """Tell whether tiles of `TILE` slots would leave nearly all processors idle."""
+    groups, k_len = k.shape[1], k.shape[2]
+    rows = q.shape[1] // groups * q.shape[2]
+    return k_len <= 4 * TILE and q.shape[0] * groups * rows <= 8 * TILE
 
 
 def _lists(lists: list[Tensor]) -> TileLists | None:
