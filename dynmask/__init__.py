@@ -14,6 +14,7 @@ _HOMES = {
     "attention": "dynmask.ops",
     "supports": "dynmask.ops",
     "Blocks": "dynmask.masks",
+    "BoundedKeys": "dynmask.ops",
     "Documents": "dynmask.masks",
     "Lifetimes": "dynmask.masks",
     "Padding": "dynmask.masks",
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     from dynmask.hf import accelerate, calibrate
     from dynmask.masks import Blocks, Documents, Lifetimes, Padding, Stripes
     from dynmask.ops.attention import attention, supports
+    from dynmask.ops.bounded import BoundedKeys
 
 __all__ = [
     "Blocks",
+    "BoundedKeys",
     "Documents",
     "Lifetimes",
     "MaskPlan",

@@ -7,13 +7,13 @@ import pytest
 
 PUBLIC = {
     "dynmask": """
-        Blocks Documents Lifetimes MaskPlan Padding Stripes accelerate attention calibrate supports
+        Blocks BoundedKeys Documents Lifetimes MaskPlan Padding Stripes accelerate attention calibrate supports
     """,
     "dynmask.masks": """
         Blocks Documents Lifetimes Mask Padding Stripes
     """,
     "dynmask.ops": """
-        attention choose computed_pairs supports
+        BoundedKeys attention choose computed_pairs supports
     """,
     "dynmask.dam": """
         AMPLIFIERS Coverage CoverageMeter LayerPlan MODES MapAccumulator MaskPlan Matched Settings

@@ -1,7 +1,8 @@
 """``dynmask bench table2``: the kernel table of the DMA paper, against SDPA with a dense mask.
 
 Source: arXiv 2508.02124, Table 2: H 2, G 1, D 128, w 2048 on an RTX 4090. There as here SDPA's
-mask is made beforehand and not timed. Ours holds everything: selection, schedule and attention.
+mask is made beforehand and not timed. Ours holds everything: selection, schedule and attention, or
+one step of decoding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dynmask.bench import dense, gate
-from dynmask.bench.decode import with_graph
+from dynmask.bench.decode import BoundedStep, with_graph
 from dynmask.bench.engine import Engine
 from dynmask.bench.inputs import Inputs, Settings, make_inputs, make_score
 from dynmask.bench.op import part
@@ -37,11 +38,19 @@ _CELLS = 1 << 26
 
 
 def cells(settings: Settings, engine: Engine, clock: Clock, length: int) -> list[dict[str, Any]]:
-    """Measure one length as prefill (as many rows as keys) and as decode (one row)."""
+    """Measure one length as prefill (as many rows as keys) and as decode (one row).
+
+    ``decode`` selects over the whole cache in each call. ``bounded`` is what decoding does: a cache
+    of ``keep`` slots takes in the new token and its row attends; there is one where some key is
+    evicted at all.
+    """
+    calls = ["prefill", "decode"]
+    if length > settings.keep:
+        calls.append("bounded")
     return [
         _cell(settings, engine, clock, length, call, kind)
         for kind in settings.scores
-        for call in ("prefill", "decode")
+        for call in calls
     ]
 
 
@@ -49,25 +58,33 @@ def _cell(
     settings: Settings, engine: Engine, clock: Clock, length: int, call: str, kind: str
 ) -> dict[str, Any]:
     cell: dict[str, Any] = {"length": length, "call": call, "score": kind, "status": "ok"}
-    cell["paper"] = PAPER.get((call, length))
+    cell["paper"] = PAPER.get(("prefill" if call == "prefill" else "decode", length))
     inputs = make_inputs(settings, length, q_len=length if call == "prefill" else 1)
     q_len = inputs.q.shape[2]
     score = make_score(settings, kind, length)
     # SDPA and the peer take the bias in q's dtype: all get the same rounded values.
     bias = score.to(inputs.q.dtype).float()
+    if call == "bounded":
+        score = bias  # The cache holds one of the two.
     keep = settings.keep
     rows = gate.sample_rows(length, keep=keep, q_len=q_len)
     try:
         mask = engine.select(score, keep, length - q_len)
         gate.check_selection(mask, score, keep, rows)
-        out = engine.attend(*inputs, mask, bias)
-        cell["gate"] = gate.check_rows(out, inputs, score, bias, keep, rows)
+        if call == "bounded":
+            step = BoundedStep(engine, inputs, score, keep)
+            cell["gate"] = gate.check_rows(step(), inputs, score, bias, keep, rows)
+            ours, no_graph = with_graph(step, clock, step.restore)
+        else:
+            out = engine.attend(*inputs, mask, bias)
+            cell["gate"] = gate.check_rows(out, inputs, score, bias, keep, rows)
+            ours, no_graph = with_graph(lambda: engine.everything(inputs, score, bias, keep), clock)
     except gate.GateError as error:
         return cell | {"status": "error", "error": str(error)}
-    ours, no_graph = with_graph(lambda: engine.everything(inputs, score, bias, keep), clock)
-    attention, _ = with_graph(lambda: engine.attend(*inputs, mask, bias), clock)
     runs = {f"ours {name}": run for name, run in ours.items()}
-    runs |= {f"attention {name}": run for name, run in attention.items()}
+    if call != "bounded":
+        attention, _ = with_graph(lambda: engine.attend(*inputs, mask, bias), clock)
+        runs |= {f"attention {name}": run for name, run in attention.items()}
     peers, failed = _peers(inputs, mask, score, bias, keep, rows)
     for name, peer in peers.items():
         both, reason = with_graph(peer, clock)

@@ -30,7 +30,7 @@ def cells_of(document):
     ]
 
 
-PARTS = {"decode": ("bounded", "unbounded"), "table2": ("prefill", "decode")}
+PARTS = {"decode": ("bounded", "unbounded"), "table2": ("prefill", "decode", "bounded")}
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

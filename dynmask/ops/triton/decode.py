@@ -24,9 +24,11 @@ MOST_ROWS = 64
 _BLOCK = 128
 # Bytes of a block of keys: several of them, and as many of values, fit shared memory.
 _BLOCK_BYTES = 1 << 15
-# Short caches are latency: a program then has one small block of keys.
+# Keys of a program, at least. Short caches are all latency: they get one small block a program.
+# Where there are more than 32 programs of a head, adding up their parts costs more than it saves.
 _LEAST_CHUNK = 64
-_MOST_SPLITS = 128
+_CHUNK = 256
+_SPLITS = 32
 
 
 def decode(
@@ -61,7 +63,7 @@ def decode(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     even = triton.cdiv(k_len * batch * groups, 8 * processors(q.device))
-    chunk = max(_LEAST_CHUNK, even, triton.cdiv(k_len, _MOST_SPLITS))
+    chunk = max(_LEAST_CHUNK, even, min(_CHUNK, triton.cdiv(k_len, _SPLITS)))
     block_d = padded_dim(dim)
     block = max(16, min(_BLOCK, chunk, _BLOCK_BYTES // (block_d * q.element_size())))
     block = triton.next_power_of_2(block + 1) // 2  # Rounded down.
