@@ -15,7 +15,12 @@ _HOMES = {
     "supports": "dynmask.ops",
     "Blocks": "dynmask.masks",
     "BoundedKeys": "dynmask.ops",
+    "DmaConfig": "dynmask.dma",
+    "DmaForCausalLM": "dynmask.dma",
+    "DmaModel": "dynmask.dma",
     "Documents": "dynmask.masks",
+    "DynamicMaskAttention": "dynmask.dma",
+    "LifetimeCache": "dynmask.dma",
     "Lifetimes": "dynmask.masks",
     "Padding": "dynmask.masks",
     "Stripes": "dynmask.masks",
@@ -26,6 +31,13 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from dynmask.dam import MaskPlan
+    from dynmask.dma import (
+        DmaConfig,
+        DmaForCausalLM,
+        DmaModel,
+        DynamicMaskAttention,
+        LifetimeCache,
+    )
     from dynmask.hf import accelerate, calibrate
     from dynmask.masks import Blocks, Documents, Lifetimes, Padding, Stripes
     from dynmask.ops.attention import attention, supports
@@ -34,7 +46,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Blocks",
     "BoundedKeys",
+    "DmaConfig",
+    "DmaForCausalLM",
+    "DmaModel",
     "Documents",
+    "DynamicMaskAttention",
+    "LifetimeCache",
     "Lifetimes",
     "MaskPlan",
     "Padding",

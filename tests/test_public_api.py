@@ -7,7 +7,8 @@ import pytest
 
 PUBLIC = {
     "dynmask": """
-        Blocks BoundedKeys Documents Lifetimes MaskPlan Padding Stripes accelerate attention calibrate supports
+        Blocks BoundedKeys DmaConfig DmaForCausalLM DmaModel Documents DynamicMaskAttention
+        LifetimeCache Lifetimes MaskPlan Padding Stripes accelerate attention calibrate supports
     """,
     "dynmask.masks": """
         Blocks Documents Lifetimes Mask Padding Stripes
@@ -21,6 +22,10 @@ PUBLIC = {
     """,
     "dynmask.hf": """
         Run accelerate calibrate check_fingerprint fingerprint
+    """,
+    "dynmask.dma": """
+        DmaConfig DmaForCausalLM DmaModel DynamicMaskAttention LifetimeCache from_doge
+        from_pretrained_dense
     """,
     "dynmask.assets": """
         TEXTS load_model load_texts load_tokenizer model_folder

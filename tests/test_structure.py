@@ -11,7 +11,19 @@ import dynmask
 
 ROOT = Path(dynmask.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = ("masks", "ops", "bench", "dam", "hf", "assets", "eval", "train", "report", "cli")
+LAYERS = (
+    "masks",
+    "ops",
+    "bench",
+    "dam",
+    "hf",
+    "dma",
+    "assets",
+    "eval",
+    "train",
+    "report",
+    "cli",
+)
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
 

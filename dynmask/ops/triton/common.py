@@ -76,6 +76,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
 def launches_early(device: torch.device) -> bool:
     """Tell whether a kernel can be launched before the one it waits for has ended (sm_90 on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -78,7 +78,8 @@ def decode(
         )
         part_lse = torch.empty(batch * groups, splits, rows, dtype=torch.float32, device=q.device)
     shape = {"R": ratio, "D": dim, "BLOCK_D": block_d, "BLOCK_M": block_m}
-    early = splits > 1 and launches_early(q.device)
+    early = launches_early(q.device)
+    after = {"launch_pdl": True} if early else {}
     _decode_kernel[(splits, batch * groups)](
         q,
         k,
@@ -111,6 +112,7 @@ def decode(
         num_warps=4,
         num_stages=3,
         **shape,
+        **after,
     )
     if splits > 1:
         combine_kernel[(rows, batch * groups)](
@@ -128,7 +130,7 @@ def decode(
             BLOCK_S=32,
             EARLY=early,
             num_warps=4,
-            **({"launch_pdl": True} if early else {}),
+            **after,
         )
     return out, lse
 
@@ -223,6 +225,8 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
 ):
     if EARLY:
+        # Launched before the kernel ahead of it has ended, as the next one may be now.
+        gdc_wait()
         gdc_launch_dependents()
     i_s = tl.program_id(0)
     i_bg = tl.program_id(1)

@@ -7,10 +7,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from dynmask.masks.lifetimes import NEVER
 from dynmask.masks.triton.library import LIBRARY, fake
 from dynmask.masks.triton.select_kernels import ranks
+from dynmask.ops.triton.common import launches_early
 
 # Slots that a program looks at in one step.
 _BLOCK = 4096
@@ -92,6 +94,7 @@ def _launch(
             HAS_PRESENT=present is not None,
             HAS_THRESHOLD=threshold is not None,
             NEVER=NEVER,
+            EARLY=launches_early(kept_k.device),
             W=slots,
             D=dim,
             BLOCK=block,
@@ -144,12 +147,16 @@ def insert_kernel(
     HAS_PRESENT: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
     NEVER: tl.constexpr,
+    EARLY: tl.constexpr,
     W: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Overwrite the slot that loses against all others, if the new token beats it."""
+    if EARLY:
+        # Decode, which comes next, may be launched meanwhile; it waits for this to end.
+        gdc_launch_dependents()
     LATEST: tl.constexpr = 0xFFFFFFFF
     HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     LOWEST_SCORE: tl.constexpr = -0x7F800001  # What `ranks` makes of -inf.

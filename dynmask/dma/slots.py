@@ -1,0 +1,135 @@
+"""What the token slots of one forward pass hold: real tokens or padding, documents, positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import find_packed_sequence_indices
+
+from dynmask.masks import Documents, Padding
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of the ``N`` new tokens of a forward pass, shared by its layers.
+
+    Args:
+        position_ids: ``[B or 1, N]`` int64, for RoPE.
+        real: ``[B, N]`` bool, which slots hold real tokens; None if all do.
+        documents: The document of each slot; None for one.
+    """
+
+    position_ids: Tensor
+    real: Tensor | None = None
+    documents: Documents | None = None
+
+    @cached_property
+    def padding(self) -> Padding | None:
+        """The real tokens as one run a row.
+
+        Raises:
+            ValueError: If they are not one run.
+        """
+        if self.real is None:
+            return None
+        # By way of the host: checked there, and on a GPU each layer would wait for its numbers.
+        return Padding.from_mask(self.real.cpu()).to(self.real.device)
+
+
+def read_slots(
+    embeds: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    documents: Tensor | None = None,
+    past: int | None = None,
+) -> Slots:
+    """Read the slots from a model's arguments.
+
+    Without a cache, position ids that do not go on from one real token to the next start a new
+    document, as in what transformers' ``DataCollatorWithFlattening`` makes.
+
+    Args:
+        embeds: ``[B, N, width]``, for its shape and device.
+        attention_mask: ``[B, past + N]``, 1 where a slot holds a real token; the real tokens of a
+            row are one run. None if all are real.
+        position_ids: ``[B or 1, N]``. None counts each row's (each document's) tokens from 0.
+        documents: ``[B or 1, N]`` integers that never fall along a row.
+        past: Tokens that the cache has seen; None without a cache.
+
+    Raises:
+        ValueError: If a shape does not fit, real tokens are not one run, ids fall, or documents
+            come with a cache.
+    """
+    batch, length = embeds.shape[:2]
+    device = embeds.device
+    seen = past or 0
+    if attention_mask is not None:
+        _check_shape("attention_mask", attention_mask, (batch,), seen + length)
+        attention_mask = attention_mask.to(device)
+    if position_ids is not None:
+        _check_shape("position_ids", position_ids, (1, batch), length)
+        position_ids = position_ids.to(device)
+    if documents is not None:
+        _check_shape("documents", documents, (1, batch), length)
+        if past is not None:
+            raise ValueError(
+                "documents cannot be told apart in a cache: pass use_cache=False, or one document "
+                "a row"
+            )
+        documents = documents.to(device)
+    elif position_ids is not None and past is None:
+        documents = _restarts(position_ids, attention_mask)
+    if position_ids is None:
+        position_ids = _positions(attention_mask, documents, seen, length, device)
+    return Slots(
+        position_ids=position_ids,
+        real=_real(attention_mask, length),
+        documents=None if documents is None else Documents(documents),
+    )
+
+
+def _check_shape(name: str, given: Tensor, rows: tuple[int, ...], length: int) -> None:
+    if given.dim() != 2 or given.shape[0] not in rows or given.shape[1] != length:
+        raise ValueError(
+            f"{name} is {list(given.shape)} but must be {[rows[-1], length]}: one entry for each "
+            "token" + (", cached ones included, not a 4-d mask" if name == "attention_mask" else "")
+        )
+
+
+def _restarts(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Return ``[B or 1, N]`` the documents that position ids tell apart; None if there are none."""
+    if attention_mask is None:
+        return find_packed_sequence_indices(position_ids)
+    # Padding has positions of no meaning: only a step between two real tokens counts.
+    real = attention_mask != 0
+    step = torch.zeros_like(attention_mask, dtype=torch.bool)
+    step[:, 1:] = (position_ids.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]
+    return step.cumsum(-1) if torch.compiler.is_compiling() or bool(step.any()) else None
+
+
+def _positions(
+    attention_mask: Tensor | None,
+    documents: Tensor | None,
+    seen: int,
+    length: int,
+    device: torch.device,
+) -> Tensor:
+    if documents is not None:
+        ids = documents.contiguous()
+        return torch.arange(length, device=device) - torch.searchsorted(ids, ids)
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, seen:]
+    return torch.arange(seen, seen + length, device=device)[None]
+
+
+def _real(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, -length:] != 0
+    # Asking whether all are real waits for the device, which a step of decoding must not.
+    whole = length > 1 and not torch.compiler.is_compiling() and bool(real.all())
+    return None if whole else real

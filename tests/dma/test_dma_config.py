@@ -1,0 +1,110 @@
+"""The configuration: what it refuses, its sizes, and that it survives a file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dma_models import config
+from transformers import AutoConfig
+
+from dynmask.dma import DmaConfig, DmaForCausalLM
+from dynmask.dma.selection import keep_of, select
+from dynmask.masks import Lifetimes
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple"),
+        ({"num_key_value_heads": 0}, "num_attention_heads=4 must be a multiple"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size=32 is no multiple"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"keep": 0}, "keep=0 must be at least 1"),
+        ({"keep": -4}, "keep=-4 must be at least 1"),
+        ({"keep": 1.0}, "between 0 and 1"),
+        ({"keep": 0.0}, "between 0 and 1"),
+        ({"keep": True}, "keep=True must be an integer"),
+        ({"keep": "all"}, "keep='all' must be an integer"),
+        ({"keep": [4, 4]}, "2 entries for 3 layers"),
+        ({"keep": [4, 4, 0]}, "keep=0 must be at least 1"),
+        ({"keep": [4, 4, 0.5]}, "integers or None, got 0.5"),
+        ({"threshold": float("nan")}, "threshold=nan must be a finite number"),
+        ({"threshold": "high"}, "threshold='high' must be a finite number"),
+        ({"score": "softmax"}, "score='softmax' is not known: use one of"),
+        ({"impl": "fast"}, "impl='fast' is not known: use one of"),
+    ],
+)
+def test_refuses(bad, message):
+    with pytest.raises(ValueError, match=message):
+        config(**bad)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep": None, "threshold": 0.5},
+        {"keep": [3, None, 5], "score": "linear", "tie_word_embeddings": False},
+        {"keep": 0.25, "residual_weights": True, "qk_norm": False},
+        {"num_key_value_heads": None, "head_dim": 10, "impl": "reference"},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0}},
+    ],
+)
+def test_survives_a_file(changes, tmp_path):
+    saved = config(**changes)
+    saved.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DmaConfig
+    differ = {"_name_or_path", "transformers_version"}
+    assert {k: v for k, v in loaded.to_dict().items() if k not in differ} == {
+        k: v for k, v in saved.to_dict().items() if k not in differ
+    }
+
+
+def test_fills_in_what_follows():
+    shape = DmaConfig(hidden_size=64, num_attention_heads=4)
+    assert (shape.num_key_value_heads, shape.head_dim) == (4, 16)
+    assert shape.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "without_embeddings"),
+    [("80M", 110, 85), ("200M", 235, 201), ("680M", 730, 680), ("1.7B", 1721, 1410)],
+)
+def test_named_sizes(name, millions, without_embeddings):
+    with torch.device("meta"):
+        model = DmaForCausalLM(DmaConfig.named(name))
+    count = model.num_parameters() / 1e6
+    embedding = model.get_input_embeddings().weight.numel() / 1e6
+    assert round(count) == millions
+    assert round(count - embedding) == without_embeddings
+
+
+def test_named_sizes_may_be_changed():
+    shape = DmaConfig.named("1.7B", keep=512, vocab_size=100)
+    assert (shape.keep, shape.vocab_size, shape.hidden_size) == (512, 100, 2048)
+    with pytest.raises(ValueError, match='no size "7B": use one of'):
+        DmaConfig.named("7B")
+
+
+def test_number_kept():
+    assert [keep_of(0.07, 0, n) for n in (1, 10, 99, 100, 101)] == [1, 1, 7, 7, 8]
+    assert [keep_of([3, None], i, 50) for i in (0, 1)] == [3, None]
+    assert keep_of(9, 0, 5) == 9
+
+
+def test_a_threshold_ranks_only_what_it_admits():
+    score = torch.tensor([[[0.9, 0.2, 0.8, float("nan"), 0.5, 1.0]]])
+    mask = select(score, keep=2, threshold=0.5)
+    expected = torch.tensor(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 0, 0, 0, 0, 0],
+            [1, 0, 1, 0, 0, 0],
+            [1, 0, 1, 0, 0, 0],
+            [1, 0, 1, 0, 0, 0],
+            [1, 0, 0, 0, 0, 1],
+        ]
+    )
+    assert torch.equal(mask.dense(6)[0, 0], expected.bool())
+    above = Lifetimes.above(score, 0.5)
+    assert torch.equal(select(score, keep=None, threshold=0.5).dense(6), above.dense(6))
