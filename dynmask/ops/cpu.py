@@ -51,6 +51,8 @@ def supports(
     inputs = [t for t in (q, k, v, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return "the cpu backend has no backward pass; wrap the call in torch.no_grad()"
+    if torch.compiler.is_compiling():
+        return "the cpu backend plans in Python, which torch.compile does not trace"
     return None
 
 
