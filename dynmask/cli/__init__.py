@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": "show what is in a plan",
     "eval": "measure a model, with a plan or without: longeval, needle or perplexity",
     "bench": "measure the engine against the fastest dense kernel, after a correctness check",
+    "train": "train a model, dense or DMA, from a recipe",
     "report": "write a plan and results as one HTML page",
     "doctor": "check the installation: versions, machine, backends, embedded model",
 }

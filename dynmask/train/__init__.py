@@ -1,8 +1,10 @@
-"""Training of small retrieval models: data mixture, recipes and a run by transformers' Trainer.
+"""Training of language models, dense or DMA, from recipes, by transformers' Trainer.
 
-``python -m dynmask.train embedded --data FOLDER --out FOLDER`` trains the model of
-``dynmask.assets`` again. The parts: ``corpus`` reads text, ``mixture`` makes sequences of it,
-``recipe`` writes a run down, ``run`` runs it.
+``dynmask train`` is the command. The parts: ``recipe`` writes a run down (``fields`` reads it,
+``sections`` are its parts, ``recipes/`` holds those of the package); ``texts`` and ``corpus`` read
+and tokenise text, ``prepare`` does so for a run; ``mixture``, ``windows`` and ``mqar`` are sources
+of batches; ``models`` makes the model; ``run`` runs it, with ``arguments``, ``batches``,
+``trainer`` (the loss) and ``callbacks`` for the Trainer.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dynmask.eval import prompts
 from dynmask.train.corpus import Corpus
+from dynmask.train.source import Batch, Step
 from dynmask.train.templates import CUT, Key, Piece, TemplateWriter, flatten, length
 
 Sequence = tuple[np.ndarray, np.ndarray]
@@ -94,7 +95,7 @@ class Mixture:
 
 
 class Sequences:
-    """Makes sequences from a corpus; every draw comes from the generator that is passed in.
+    """Makes sequences from a corpus; a batch is drawn from ``(seed, number of the step)`` alone.
 
     Args:
         corpus: tokenised text and the words that keys are made of.
@@ -105,6 +106,8 @@ class Sequences:
         ValueError: too few key words in the corpus.
     """
 
+    kinds = KINDS
+
     def __init__(
         self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, mixture: Mixture
     ) -> None:
@@ -113,10 +116,24 @@ class Sequences:
                 f"data: {len(corpus.words)} key words (3 to 10 letters, 5 times or more) found, "
                 f"{MIN_WORDS} needed; give more text"
             )
-        self.corpus, self.mixture = corpus, mixture
+        self.corpus, self.mixture, self.answer = corpus, mixture, mixture.answer
         self._write = TemplateWriter(tokenizer)
         self._end = tokenizer.eos_token_id
         self._full_stop = self._write.ids(".")[0]
+
+    def require(self, tokens: int) -> None:
+        """Raise ValueError unless a sequence of so many tokens can be made."""
+        self.corpus.require(tokens)
+
+    def sha256(self) -> str:
+        """Digest of the text."""
+        return self.corpus.sha256()
+
+    def at(self, step: Step) -> Batch:
+        """The batch of a step."""
+        rng = np.random.default_rng((step.seed, step.number))
+        ids, weights, kinds = self.batch(rng, step.rows, step.length)
+        return Batch(ids, weights, kinds)
 
     def batch(
         self, rng: np.random.Generator, rows: int, size: int

@@ -1,24 +1,40 @@
-"""A training run written down: model shape, data mixture, lengths, optimizer, seed."""
+"""A training run written down: model, data, lengths, optimizer, schedule, seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dynmask.train.mixture import Mixture
+from dynmask.train.fields import changed, plain, read
+from dynmask.train.mqar import Mqar
+from dynmask.train.sections import (
+    Cosine,
+    HubText,
+    Phase,
+    Retrieval,
+    Text,
+    WarmupStableDecay,
+)
+
+MODELS = ("llama", "dma")
+"""Types of models; see `dynmask.train.models`."""
 
 
-@dataclass(frozen=True)
-class Phase:
-    """So many optimizer steps at one sequence length (tokens)."""
-
-    length: int
-    steps: int
+FREE = (
+    "micro_tokens",
+    "compile",
+    "gradient_checkpointing",
+    "fsdp",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "eval_sequences",
+)
+"""Fields that say how a run is computed and watched; a run may go on with other values."""
 
 
 @dataclass(frozen=True)
@@ -26,66 +42,97 @@ class Recipe:
     """Everything that decides a run, apart from the text itself.
 
     Attributes:
-        model: fields of ``transformers.LlamaConfig``; ``max_position_embeddings`` must be there.
+        model: ``type``, ``"llama"`` or ``"dma"``, and fields of that type's configuration; see
+            `dynmask.train.models.build_model` for ``size`` and ``from``.
+        data: what to train on.
         phases: the curriculum of lengths.
-        tokens_per_step: tokens of one optimizer step.
-        lr: peak learning rate of AdamW; warm-up is linear, decay is a cosine to ``lr * floor``.
-        floor: last learning rate over the peak.
-        warmup_steps: optimizer steps of the warm-up.
+        tokens_per_step: tokens of one optimizer step, over all devices.
+        micro_tokens: tokens of one forward pass on one device; default its whole share. Smaller
+            ones accumulate gradients: the same step, up to rounding, in less memory.
+        tokenizer: a folder, a name on the hub or ``"embedded"``; default one trained on the text.
+        vocab_size: entries of a tokenizer trained on the text.
+        lr: peak learning rate of AdamW.
+        schedule: of the learning rate.
         weight_decay: AdamW's.
         betas: AdamW's.
         clip: largest norm of the gradient.
+        bf16: compute in bfloat16 with fp32 weights on a GPU; a CPU computes in fp32.
+        compile: torch.compile the layers and the loss on a GPU; a CPU does not.
+        gradient_checkpointing: compute each layer's activations again in the backward pass.
+        fsdp: shard the model over the processes of torchrun (FSDP2, GPUs only) instead of
+            replicating it (DDP); without effect in a single process.
+        log_every: optimizer steps between entries of the log.
+        save_every: optimizer steps between checkpoints.
+        eval_every: optimizer steps between evaluations on held-out data; 0 for none.
+        eval_sequences: sequences of the longest length in an evaluation.
         seed: decides the initial weights and every sequence.
-        vocab_size: entries of the tokenizer, trained on the same text.
-        mixture: shares of the sequence kinds and loss weights.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
     model: dict[str, Any]
+    data: Retrieval | Text | HubText | Mqar
     phases: tuple[Phase, ...]
     tokens_per_step: int = 131_072
+    micro_tokens: int | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 4096
     lr: float = 1.5e-3
-    floor: float = 0.05
-    warmup_steps: int = 200
+    schedule: Cosine | WarmupStableDecay = field(default_factory=Cosine)
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    bf16: bool = True
+    compile: bool = True
+    gradient_checkpointing: bool = False
+    fsdp: bool = False
+    log_every: int = 25
+    save_every: int = 2000
+    eval_every: int = 0
+    eval_sequences: int = 64
     seed: int = 0
-    vocab_size: int = 4096
-    mixture: Mixture = field(default_factory=Mixture)
 
     def __post_init__(self) -> None:
-        if not self.phases:
-            raise ValueError("phases: give at least one {length, steps}")
-        for phase in self.phases:
-            if (
-                phase.length < 64
-                or phase.steps < 1
-                or self.tokens_per_step < 1
-                or self.tokens_per_step % phase.length
-            ):
-                raise ValueError(
-                    f"phases: {phase} needs length >= 64, steps >= 1 and a length that divides "
-                    f"tokens_per_step={self.tokens_per_step}"
-                )
-        if self.longest > self.context:
+        if self.model.get("type") not in MODELS:
             raise ValueError(
-                f"model: max_position_embeddings={self.context} must be given and at least "
-                f"{self.longest}, the longest phase"
+                f"model: type={self.model.get('type')!r} must be one of {', '.join(MODELS)}"
             )
-        for name, good in (
-            ("lr", self.lr > 0),
-            ("floor", 0 <= self.floor <= 1),
-            ("warmup_steps", self.warmup_steps >= 0),
-            ("weight_decay", self.weight_decay >= 0),
-            ("betas", all(0 <= beta < 1 for beta in self.betas)),
-            ("clip", self.clip > 0),
-            ("seed", self.seed >= 0),
+        self._check_lengths()
+        schedule = self.schedule
+        decay = getattr(schedule, "decay_steps", 0)
+        for name, value, good in (
+            ("lr", self.lr, self.lr > 0),
+            ("schedule: floor", schedule.floor, 0 <= schedule.floor <= 1),
+            ("schedule: warmup_steps", schedule.warmup_steps, schedule.warmup_steps >= 0),
+            ("schedule: decay_steps", decay, 0 <= decay <= self.steps - schedule.warmup_steps),
+            ("weight_decay", self.weight_decay, self.weight_decay >= 0),
+            ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas)),
+            ("clip", self.clip, self.clip > 0),
+            ("log_every", self.log_every, self.log_every >= 1),
+            ("save_every", self.save_every, self.save_every >= 1),
+            ("eval_every", self.eval_every, self.eval_every >= 0),
+            ("eval_sequences", self.eval_sequences, self.eval_sequences >= 1),
+            ("seed", self.seed, self.seed >= 0),
         ):
             if not good:
-                raise ValueError(f"{name}={getattr(self, name)} is out of its range")
+                raise ValueError(f"{name}={value} is out of its range")
+
+    def _check_lengths(self) -> None:
+        if not self.phases:
+            raise ValueError("phases: give at least one {length, steps}")
+        micro = self.tokens_per_step if self.micro_tokens is None else self.micro_tokens
+        if not 1 <= micro <= self.tokens_per_step or self.tokens_per_step % micro:
+            raise ValueError(
+                f"micro_tokens={micro} must be over 0 and divide tokens_per_step="
+                f"{self.tokens_per_step}, over 0 too"
+            )
+        for phase in self.phases:
+            if phase.length < 64 or phase.steps < 1 or micro % phase.length:
+                raise ValueError(
+                    f"phases: {phase} needs length >= 64, steps >= 1 and a length that divides "
+                    f"tokens_per_step={self.tokens_per_step}, and micro_tokens if given"
+                )
 
     @property
     def steps(self) -> int:
@@ -97,10 +144,18 @@ class Recipe:
         """Tokens of the longest sequence."""
         return max(phase.length for phase in self.phases)
 
-    @property
-    def context(self) -> int:
-        """The model's context in tokens; 0 if the recipe names none."""
-        return int(self.model.get("max_position_embeddings", 0))
+    def phase_at(self, step: int) -> tuple[int, int]:
+        """The phase of optimizer step ``step`` (from 0), and its number in that phase (from 0).
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        left = step
+        for number, phase in enumerate(self.phases):
+            if 0 <= left < phase.steps:
+                return number, left
+            left -= phase.steps
+        raise ValueError(f"step={step} is not in [0, {self.steps - 1}], the steps of the run")
 
     def length_at(self, step: int) -> int:
         """Sequence length of optimizer step ``step`` (from 0).
@@ -108,19 +163,30 @@ class Recipe:
         Raises:
             ValueError: the run has no such step.
         """
-        left = step
-        for phase in self.phases:
-            if 0 <= left < phase.steps:
-                return phase.length
-            left -= phase.steps
-        raise ValueError(f"step={step} is not in [0, {self.steps - 1}], the steps of the run")
+        return self.phases[self.phase_at(step)[0]].length
+
+    def parts(self, processes: int) -> int:
+        """Micro batches of an optimizer step, over all processes.
+
+        Raises:
+            ValueError: they cannot be shared out evenly.
+        """
+        parts = self.tokens_per_step // self.micro_tokens if self.micro_tokens else processes
+        if parts % processes or (self.tokens_per_step // parts) % self.longest:
+            raise ValueError(
+                f"micro_tokens={self.micro_tokens}: {self.tokens_per_step} tokens a step cannot be "
+                f"shared out over {processes} processes in whole sequences of {self.longest}; "
+                f"choose it so that tokens_per_step / micro_tokens is a multiple of {processes}"
+            )
+        return parts
 
     @classmethod
-    def load(cls, path: Path | str) -> Recipe:
+    def load(cls, path: Path | str, *, settings: list[str] | None = None) -> Recipe:
         """Read a recipe from YAML.
 
         Args:
             path: a file, or the name of a recipe of the package (``"embedded"``).
+            settings: changes as ``key=value``; see `dynmask.train.fields.changed`.
 
         Raises:
             ValueError: no such file; a field that is unknown, missing, of another type or out of
@@ -133,16 +199,19 @@ class Recipe:
                 f"recipe: {path} cannot be read ({error}); give a YAML file or the name of a "
                 f"recipe: {', '.join(named_recipes())}"
             ) from error
-        raw = _checked(cls, raw, "recipe")
-        raw["phases"] = tuple(
-            Phase(**_checked(Phase, phase, "recipe: phases")) for phase in raw["phases"]
-        )
-        raw["mixture"] = Mixture(**_checked(Mixture, raw.get("mixture", {}), "recipe: mixture"))
-        return cls(**raw)
+        recipe: Recipe = read(cls, changed(raw, settings or []), "recipe")
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as kept beside a checkpoint."""
-        return asdict(self)
+        made: dict[str, Any] = plain(self)
+        return made
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values of what decides the run: neither `FREE` fields nor where the text lies."""
+        made = {name: value for name, value in self.to_dict().items() if name not in FREE}
+        made["data"] = {name: value for name, value in made["data"].items() if name != "path"}
+        return made
 
 
 def named_recipes() -> list[str]:
@@ -155,46 +224,3 @@ def _find(path: Path | str) -> Path:
     if str(path) in named_recipes():
         return Path(str(resources.files("dynmask.train").joinpath("recipes", f"{path}.yaml")))
     return Path(path)
-
-
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return _integer(value) or isinstance(value, float)
-
-
-def _pair(value: Any, of: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(of, value))
-
-
-_FITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "int": (_integer, "an integer"),
-    "float": (_number, "a number (YAML wants a point in 2.0e-3)"),
-    "tuple[int, int]": (lambda value: _pair(value, _integer), "a list of two integers"),
-    "tuple[float, float]": (lambda value: _pair(value, _number), "a list of two numbers"),
-    "tuple[Phase, ...]": (lambda value: isinstance(value, list), "a list of {length, steps}"),
-    "dict[str, Any]": (lambda value: isinstance(value, dict), "a mapping of fields"),
-    "Mixture": (lambda value: isinstance(value, dict), "a mapping of fields"),
-}
-"""For each annotation of a field: what YAML may hold there, and its name."""
-
-
-def _checked(kind: type, raw: Any, where: str) -> dict[str, Any]:
-    """A copy of ``raw``, whose fields are those of the dataclass ``kind``; pairs become tuples."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where}: {raw!r} is not a mapping of fields")
-    known = {f.name: f for f in fields(kind)}
-    if unknown := sorted(str(name) for name in raw if name not in known):
-        raise ValueError(
-            f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(known)}"
-        )
-    for name, f in known.items():
-        if name not in raw and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{where}: the field {name!r} is missing")
-    for name, value in raw.items():
-        fits, wanted = _FITS[str(known[name].type)]
-        if not fits(value):
-            raise ValueError(f"{where}: {name}={value!r} must be {wanted}")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}

@@ -1,175 +1,246 @@
-"""Train a causal language model on a retrieval mixture with the transformers Trainer."""
+"""Train a causal language model from a recipe with the transformers Trainer."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
+    PrinterCallback,
 )
 
-from dynmask.train.mixture import Sequences
+from dynmask.train.arguments import training_arguments
+from dynmask.train.batches import HeldOut, Steps, only_item
+from dynmask.train.callbacks import (
+    Report,
+    Throughput,
+    TimeLimit,
+    WholeCheckpoints,
+    last_checkpoint,
+    remove_broken,
+    write,
+)
+from dynmask.train.fields import differences
+from dynmask.train.flops import flops_per_token, measured_peak
+from dynmask.train.models import build_model
+from dynmask.train.prepare import Prepared, prepare
 from dynmask.train.recipe import Recipe
-from dynmask.train.trainer import Steps, TimeLimit, WeightedTrainer, only_item
+from dynmask.train.source import Source
+from dynmask.train.trainer import WeightedTrainer
+
+log = logging.getLogger(__name__)
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A freshly initialised model of the recipe's shape.
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
 
-    Raises:
-        ValueError: the recipe's model has a field that ``LlamaConfig`` does not know.
+    Attributes:
+        complete: whether all steps are done; else it was stopped by the time limit.
+        steps: optimizer steps done, those before a resumption included.
+        log: the entries of the Trainer's log.
+        peak: floating-point operations per second that MFU is a share of, of all devices.
+        devices: what it ran on.
     """
-    known = LlamaConfig().to_dict()
-    if unknown := sorted(set(recipe.model) - set(known)):
-        raise ValueError(
-            f"recipe: model: unknown field {', '.join(unknown)}; known are {', '.join(known)}"
-        )
-    set_seed(recipe.seed)
-    config = LlamaConfig(
-        **recipe.model,
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+
+    complete: bool
+    steps: int
+    log: list[dict[str, Any]]
+    peak: float
+    devices: str
+
+    def last(self, name: str) -> Any:
+        """The last value of a name in the log; None if there is none."""
+        return next((entry[name] for entry in reversed(self.log) if name in entry), None)
 
 
-def claim(out: Path, recipe: Recipe, sequences: Sequences) -> None:
-    """Note in ``out`` which run the folder is for: recipe and text.
+def claim(out: Path, recipe: Recipe, source: Source | None = None) -> None:
+    """Note in ``out`` which run the folder is for: recipe and data.
+
+    Args:
+        out: the run's folder.
+        recipe: the run.
+        source: its data; without it the recipe alone is compared, and nothing is noted.
 
     Raises:
-        ValueError: ``out`` holds a run of another recipe or on other text.
+        ValueError: ``out`` holds a run of another recipe or on other data; names what differs.
     """
     note = out / "run.json"
-    # Through JSON, so that tuples compare as the lists that come back.
-    run = json.loads(
-        json.dumps({"recipe": recipe.to_dict(), "text_sha256": sequences.corpus.sha256()})
-    )
-    if note.exists():
-        found = json.loads(note.read_text(encoding="utf-8"))
-        for part, what in (("recipe", "of another recipe"), ("text_sha256", "on other text")):
-            if found[part] != run[part]:
-                raise ValueError(f"out: {out} holds a run {what}; give another folder")
+    # Through JSON, so that what is compared is what comes back.
+    identity = json.loads(json.dumps(recipe.identity()))
+    found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    if found and (changes := differences(found["recipe"], identity)):
+        raise ValueError(
+            f"out: {out} holds a run of another recipe ({'; '.join(changes)}); give another "
+            f"folder, or the recipe that it was started with"
+        )
+    if source is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    _write(note, json.dumps(run, indent=1))
+    run = {"recipe": identity, "text_sha256": source.sha256()}
+    if found and found != run:
+        raise ValueError(f"out: {out} holds a run on other text; give another folder")
+    write(note, json.dumps(run, indent=1))
 
 
 def train(
     recipe: Recipe,
-    sequences: Sequences,
-    tokenizer: PreTrainedTokenizerBase,
     out: Path | str,
     *,
+    data: str | None = None,
     minutes: float | None = None,
     workers: int = 2,
-    compiled: bool | None = None,
-) -> bool:
-    """Train, or go on from the last checkpoint in ``out``, on one GPU or on the CPU.
+    progress: Report | None = None,
+) -> Result:
+    """Train, or go on from the last checkpoint in ``out``.
 
-    Writes ``run.json`` (recipe and digest of the text) first, ``checkpoint-*`` while it runs, and
-    ``log.json`` and ``model/`` (bf16 safetensors with the tokenizer) when it is complete.
+    On the CPU, on one GPU, or, started by ``torchrun``, on a GPU (or share of the CPU) a process.
+    Several visible GPUs without ``torchrun``: the first one is used.
+
+    Writes into ``out``: ``tokenizer`` and ``corpus`` (made once), ``run.json`` (recipe and digest
+    of the data), ``checkpoint-*`` while it runs (the last two), and when it is complete
+    ``log.json`` and ``model/`` (bf16 safetensors with the tokenizer). A checkpoint whose writing
+    was interrupted is not resumed from. A resumed run takes the steps that it would have taken.
 
     Args:
         recipe: what to run.
-        sequences: the data.
-        tokenizer: saved beside the model.
-        out: a folder; a run found there goes on if its recipe and text are the same.
+        out: a folder; a run found there goes on if its recipe and data are the same.
+        data: where the data is, in place of the recipe's ``data.path``.
         minutes: stop after that long with a checkpoint.
         workers: processes that make batches; 0 makes them in this one.
-        compiled: torch.compile the layers and the loss; default: on a GPU.
-
-    Returns:
-        Whether the run is complete.
+        progress: gets steps done, all steps and a note after every step.
 
     Raises:
-        ValueError: ``out`` holds another run, the text is too short, or several GPUs are visible.
+        ValueError: ``out`` holds another run, the data does not fit, or the recipe cannot be run on
+            these devices.
+        NonFiniteLossError: the loss or the weights are no numbers; the batch is saved in ``out``.
     """
-    if torch.cuda.device_count() > 1:
-        raise ValueError("train runs on one GPU: set CUDA_VISIBLE_DEVICES to the one to use")
     out = Path(out)
-    steps = Steps(sequences, recipe)
-    model = build_model(recipe, tokenizer)
-    claim(out, recipe, sequences)
-    compiled = torch.cuda.is_available() if compiled is None else compiled
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = recipe.parts(processes)
+    on_gpu = torch.cuda.is_available()
+    fsdp = recipe.fsdp and processes > 1
+    if fsdp and not on_gpu:
+        raise ValueError("fsdp: sharding needs GPUs; set fsdp: false to replicate on the CPU")
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = training_arguments(
+        recipe, out, workers=workers, accumulate=parts // processes, fsdp=fsdp
+    )
+    # Without torchrun the Trainer would copy the model to all GPUs in every step.
+    arguments.n_gpu  # noqa: B018  (sets up the devices)
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    with arguments.main_process_first(local=False):
+        claim(out, recipe)
+        prepared = prepare(recipe, out, path=data)
+        claim(out, recipe, prepared.train)
+        if arguments.process_index == 0:
+            remove_broken(out)
+    model = build_model(
+        recipe, vocab_size=prepared.vocab_size, **_special_tokens(prepared.tokenizer)
+    )
+    kind = type(model)  # FSDP2 gives the model another one
+    compiled = recipe.compile and on_gpu
     if compiled:
-        for layer in model.model.layers:
+        for layer in model.get_decoder().layers:
             layer.compile()
+    if recipe.gradient_checkpointing:
+        # Earlier versions of transformers know it by its second name only.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    peak = measured_peak(arguments.device) * processes
+    flops = {length: flops_per_token(model, length) for length in _lengths(recipe)}
+    speed = Throughput(
+        recipe.tokens_per_step, lambda step: flops[recipe.length_at(step)], peak, progress
+    )
     trainer = WeightedTrainer(
         model=model,
-        args=_arguments(recipe, out, workers),
-        train_dataset=steps,
+        args=arguments,
+        train_dataset=Steps(prepared.train, recipe, parts=parts),
+        eval_dataset=HeldOut(prepared.valid, recipe) if prepared.valid else None,
         data_collator=only_item,
-        callbacks=[TimeLimit(minutes)] if minutes is not None else [],
+        callbacks=[
+            speed,
+            WholeCheckpoints(),
+            *([TimeLimit(minutes)] if minutes is not None else []),
+        ],
         recipe=recipe,
+        source=prepared.train,
         compiled=compiled,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-    done = trainer.state.global_step >= recipe.steps
-    if done:
-        _write(out / "log.json", json.dumps(trainer.state.log_history))
-        _save(model, tokenizer, out / "model")
-    return done
-
-
-def _arguments(recipe: Recipe, out: Path, workers: int) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=1,
-        learning_rate=recipe.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": recipe.floor},
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        adam_beta1=recipe.betas[0],
-        adam_beta2=recipe.betas[1],
-        max_grad_norm=recipe.clip,
-        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        logging_steps=25,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=2000,
-        save_total_limit=1,
-        dataloader_num_workers=workers,
-        dataloader_prefetch_factor=4 if workers else None,
-        remove_unused_columns=False,
-        report_to=[],
-        seed=recipe.seed,
-        disable_tqdm=True,
+    trainer.remove_callback(PrinterCallback)
+    found = last_checkpoint(out)
+    if found is not None:
+        _check_sharding(found, fsdp)
+    arguments.eval_on_start = bool(recipe.eval_every) and found is None
+    log.info("%s", f"resuming from {found}" if found else "starting")
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    complete = trainer.state.global_step >= recipe.steps
+    if complete:
+        _finish(trainer, kind, out, prepared)
+    devices = torch.cuda.get_device_name() if on_gpu else "CPU"
+    return Result(
+        complete,
+        trainer.state.global_step,
+        trainer.state.log_history,
+        peak,
+        f"{processes} {devices}",
     )
 
 
-def _last_checkpoint(out: Path) -> str | None:
-    """The last checkpoint that is whole: its ``trainer_state.json`` is written last."""
-    whole = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if last is None else str(last)
+def _check_sharding(checkpoint: Path, fsdp: bool) -> None:
+    """Refuse a checkpoint of a sharded run to one that is not, and the other way round."""
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if sharded != fsdp:
+        wrote, reads = ("shards", "does not") if sharded else ("does not shard", "does")
+        raise ValueError(
+            f"fsdp: {checkpoint} is of a run that {wrote}, and this one {reads}; set fsdp: "
+            f"{str(sharded).lower()}{' and start several processes' if sharded else ''}"
+        )
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _lengths(recipe: Recipe) -> set[int]:
+    return {phase.length for phase in recipe.phases}
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | None]:
+    if tokenizer is None:
+        return {}
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _finish(
+    trainer: WeightedTrainer, kind: type[PreTrainedModel], out: Path, prepared: Prepared
+) -> None:
+    """Write the log and the model; all processes take part, the first one writes."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return
+    write(out / "log.json", json.dumps(trainer.state.log_history))
+    config = trainer.accelerator.unwrap_model(trainer.model_wrapped).config
+    # Sharded parameters cannot be saved as they are: a plain model takes the gathered ones.
+    with torch.device("meta"):
+        plain = kind(config)
+    gathered = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    plain.load_state_dict(gathered, strict=False, assign=True)
+    plain.tie_weights()
+    assert not any(parameter.is_meta for parameter in plain.parameters())
+    plain.config.use_cache = True  # which the Trainer turned off
+    _save(plain, prepared.tokenizer, out / "model")
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save to a folder of another name, then rename: ``folder`` is whole or not there."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.bfloat16().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    model.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

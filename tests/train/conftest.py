@@ -4,10 +4,14 @@ import json
 import random
 
 import pytest
+from train_cases import RECIPE
 
 from dynmask.assets import load_tokenizer
 from dynmask.train.corpus import Corpus
 from dynmask.train.mixture import Mixture, Sequences
+from dynmask.train.mqar import Mqar
+from dynmask.train.run import train
+from dynmask.train.texts import Folder
 
 
 def made_up_text(words, repeats, seed):
@@ -42,9 +46,20 @@ def text_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus(text_folder, tokenizer):
-    return Corpus.build([text_folder / "train.txt"], tokenizer)
+    return Corpus.build(Folder(text_folder, "train.txt"), tokenizer)
 
 
 @pytest.fixture(scope="session")
 def sequences(corpus, tokenizer):
     return Sequences(corpus, tokenizer, Mixture())
+
+
+@pytest.fixture
+def go(text_folder):
+    """Train ``recipe`` in ``out`` and return the result."""
+
+    def run(out, recipe=RECIPE, **settings):
+        data = None if isinstance(recipe.data, Mqar) else str(text_folder)
+        return train(recipe, out, data=data, workers=0, **settings)
+
+    return run
