@@ -2,11 +2,11 @@
 
     python benchmarks/dma_prefill.py [--lengths 65536 131072 ...] [--chunk 32768] [--out FILE]
 
-Random weights of Llama-3.2-1B's shape in bfloat16, batch 1. The DMA model (`keep` keys for each kv
-head and layer) reads its prompt in chunks into a `LifetimeCache`; the dense one, transformers' Llama
-with cuDNN's and with flash's causal SDPA, reads it at once, which is what it does fastest, as far as
-`--dense-longest`. Then both go on token by token. Time is wall clock from the prompt to the last
-token's logits, memory the most that was allocated, weights included.
+Random weights of Llama-3.2-1B's shape in bfloat16, batch 1. The DMA model (`keep` keys for each
+kv head and layer) reads its prompt in chunks into a `LifetimeCache`; the dense one, transformers'
+Llama with cuDNN's and with flash's causal SDPA, reads it at once, which is what it does fastest, as
+far as `--dense-longest`. Then both go on token by token. Time is wall clock from the prompt to the
+last token's logits, memory the most that was allocated, weights included.
 
 Before anything is timed, the chunked prefill must give the last logits of a prefill at once.
 """

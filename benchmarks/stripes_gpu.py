@@ -1,11 +1,12 @@
 """Time the `triton` backend under Stripes and Blocks against torch's dense causal kernels on a GPU.
 
-    python benchmarks/stripes_gpu.py [--lengths 8192 32768] [--rounds 10] [--out FILE]
+    python benchmarks/stripes_gpu.py [--lengths 8192 32768] [--rounds 10] [--backward] [--out FILE]
 
 bfloat16, 32 heads on 8, D 128. Every round runs cuDNN's and flash's causal SDPA and then each mask,
 after the L2 cache was flushed; a cell's ratio is the median of the fastest dense kernel's time over
 ours. Tables and lists that a mask keeps are made before, lists that it does not keep are timed. A
-cell is timed only after its output agreed with the reference backend on sampled rows.
+cell is timed only after its output agreed with the reference backend on sampled rows. With
+`--backward` the gradients of q, k and v are timed instead of the output.
 """
 
 import argparse
@@ -67,11 +68,18 @@ def gate(q, k, v, mask: Stripes | Blocks) -> float:
     return worst
 
 
+def gradients(attend, inputs, grad) -> Run:
+    """Return the backward pass of a call whose forward pass has run."""
+    out = attend(*inputs)
+    return Run(partial(torch.autograd.grad, out, inputs, grad, retain_graph=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--backward", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     clock = Clock(torch.device("cuda"))
@@ -86,11 +94,18 @@ def main() -> None:
         for density in args.densities:
             made = masks(length, density)
             errors = {kind: gate(q, k, v, mask) for kind, mask in made.items()}
-            runs = {name: Run(partial(f, q, k, v)) for name, f in attends.items()}
+            calls = dict(attends)
             for kind, mask in made.items():
-                runs[kind] = Run(partial(attention, q, k, v, mask, impl="triton"))
-            with torch.no_grad():
+                calls[kind] = partial(attention, mask=mask, impl="triton")
+            if args.backward:
+                grad, inputs = torch.randn_like(q), [t.requires_grad_() for t in (q, k, v)]
+                runs = {name: gradients(call, inputs, grad) for name, call in calls.items()}
+            else:
+                runs = {name: Run(partial(call, q, k, v)) for name, call in calls.items()}
+            with torch.set_grad_enabled(args.backward):
                 times = measure(runs, clock, rounds=args.rounds, warmups=3, budget=4)
+            for t in (q, k, v):
+                t.requires_grad_(False)
             best = dense.fastest({name: times[name] for name in attends})
             for kind, mask in made.items():
                 ratio = times[best].median / times[kind].median
@@ -108,6 +123,7 @@ def main() -> None:
                 print(f"{length:>7} {kind:<10} {density:4.0%}  {ratio:5.2f}x", flush=True)
         if args.out:
             result = {**environment("cuda"), "rounds": args.rounds, "cells": cells}
+            result["timed"] = "backward" if args.backward else "forward"
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -10,7 +10,7 @@ from dynmask.masks import Blocks
 require_triton()
 
 from dynmask.ops.triton import blocks as backend  # noqa: E402
-from dynmask.ops.triton.blocks import attend, supports  # noqa: E402
+from dynmask.ops.triton.blocks import attend  # noqa: E402
 
 RUNS = ((37, 201), (0, 149))
 
@@ -91,14 +91,6 @@ def test_a_padded_copy_does_not_see_the_lists_of_the_mask(device):
     mask = blocks(1, 2, 201, tile=128, block=16, seed=4)
     check_forward(attend, mask, 201, 201, device=device)
     check_forward(attend, mask & padding(*RUNS), 201, 201, device=device)
-
-
-def test_gradients_are_refused():
-    q, k, v = tensors(1, 4, 2, 5, 5, 16)
-    assert supports(q, k, v, None) is None
-    assert "backward" in supports(q.requires_grad_(), k, v, None)
-    with torch.no_grad():
-        assert supports(q, k, v, None) is None
 
 
 @pytest.mark.parametrize("q_len", [1, 70])

@@ -31,16 +31,6 @@ def immortal(mask: Blocks, k_len: int) -> Tensor:
     return torch.where(slot >= start, stop.maximum(slot), slot).int()[:, None]
 
 
-def list_shape(
-    indices: Tensor, expiry: Tensor, *, block: int, tile: int, q_len: int
-) -> tuple[int, int, int, int]:
-    """Return ``(B, G, T, C)``, the shape of the keys of `block_lists`."""
-    k_len, tile = expiry.shape[2], list_tile(tile)
-    tiles = triton.cdiv(k_len, tile) - (k_len - q_len) // tile
-    batch = max(indices.shape[0], expiry.shape[0])
-    return batch, indices.shape[1], tiles, min(indices.shape[3] * block, k_len)
-
-
 def block_lists(
     indices: Tensor, counts: Tensor, expiry: Tensor, *, block: int, tile: int, q_len: int
 ) -> TileLists:
@@ -59,7 +49,10 @@ def block_lists(
         q_len: Query rows, the last slots.
     """
     k_len = expiry.shape[2]
-    shape = list_shape(indices, expiry, block=block, tile=tile, q_len=q_len)
+    t0 = (k_len - q_len) // list_tile(tile)
+    tiles = triton.cdiv(k_len, list_tile(tile)) - t0
+    batch = max(indices.shape[0], expiry.shape[0])
+    shape = batch, indices.shape[1], tiles, min(indices.shape[3] * block, k_len)
     keys = expiry.new_empty(shape)
     full = expiry.new_empty(shape[:3])
     partial = torch.empty_like(full)
@@ -75,7 +68,7 @@ def block_lists(
         k_len if len(expiry) > 1 else 0,
         *indices.shape[2:],
         k_len,
-        (k_len - q_len) // list_tile(tile),
+        t0,
         shape[3],
         tile,
         block,

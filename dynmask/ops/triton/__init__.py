@@ -45,8 +45,6 @@ def supports(
         return f"the triton backend runs head sizes up to {_MOST_DIM}, not {q.shape[-1]}"
     if isinstance(mask, Stripes):
         return stripes.supports(q, k, v, bias)
-    if isinstance(mask, Blocks):
-        return blocks.supports(q, k, v, bias)
     return None
 
 

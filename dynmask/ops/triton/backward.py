@@ -10,6 +10,7 @@ is the same in every run.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 import triton
@@ -69,73 +70,15 @@ def backward(
         grad: ``[B, H, Q, D]``, gradient in ``out``, last stride 1.
         grad_lse: ``[B, H, Q]`` float32, gradient in ``lse``, or None.
     """
-    batch, heads, q_len, dim = q.shape
+    batch, _, q_len, dim = q.shape
     groups, k_len = k.shape[1], k.shape[2]
-    ratio = heads // groups
-    # A row without keys, or whose keys all have bias -inf: exp2(-inf - 0) is 0, as it should be.
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    delta = torch.empty_like(lse)
-    rows = batch * heads * q_len
-    head_size = {"D": dim, "BLOCK_D": padded_dim(dim)}
-    _delta_kernel[(triton.cdiv(rows, 32),)](
-        out,
-        grad,
-        grad_lse,
-        delta,
-        *out.stride()[:3],
-        *grad.stride()[:3],
-        heads,
-        q_len,
-        rows,
-        HAS_LSE=grad_lse is not None,
-        ROWS=32,
-        **head_size,
-    )
-    # Without a bias or lists their pointers are not read, but Gluon needs tensors there.
-    tensors = (q, k, v, q if bias is None else bias, expiry, grad, lse, delta)
-    strides = (
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *grad.stride()[:3],
-        *((0, 0) if bias is None else bias.stride()[:2]),
-        *expiry.stride()[:2],
-    )
+    lse, delta = softmax_terms(out, lse, grad, grad_lse)
+    rows = grad, lse, delta
+    dq = query_gradient(q, k, v, bias, expiry, lists, scale, immortal, *rows)
+    tensors, strides, common = shared_arguments(q, k, v, bias, expiry, *rows)
     sizes = (scale, groups, q_len, k_len)
-    common = {
-        "R": ratio,
-        "D": dim,
-        "HAS_BIAS": bias is not None,
-        "WIDE": not int32_offsets(q, k, v, grad),
-    }
     portable = {"BLOCK_D": padded_dim(dim), "PRECISION": dot_precision(q)}
-
-    dq = torch.empty_like(q)
-    t0 = (k_len - q_len) // TILE
-    tiles = triton.cdiv(k_len, TILE) - t0
-    arguments = (
-        *tensors,
-        *((expiry, expiry, expiry) if lists is None else lists),
-        dq,
-        *strides,
-        *dq.stride()[:3],
-        *((0, 0, 0) if lists is None else lists.keys.stride()[:3]),
-        *sizes,
-        t0,
-        tiles,
-    )
-    walk = {"LISTED": lists is not None, "IMMORTAL": immortal, "TILE": TILE}
     hopper = on_hopper(q)
-    if hopper:
-        hopper_dq = importlib.import_module("dynmask.ops.triton.hopper_dq")
-        grid = tiles * triton.cdiv(TILE * ratio, 2 * hopper_dq.ROWS), batch * groups
-        tile = {"ROWS": hopper_dq.ROWS, "BLOCK_N": hopper_dq.BLOCK_N, "num_warps": 4}
-        hopper_dq.dq_kernel[grid](*arguments, **common, **walk, **tile)
-    else:
-        block_m, block_n, warps, stages = dq_tiles(q)
-        grid = tiles * triton.cdiv(TILE * ratio, block_m), batch * groups
-        tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-        dq_kernel[grid](*arguments, **common, **portable, **walk, **tile)
 
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
     dbias = torch.zeros(k.shape[:3], device=q.device)
@@ -192,9 +135,153 @@ def backward(
                 width,
                 HAS_BIAS=bias is not None,
                 BLOCK_N=32,
-                **head_size,
+                D=dim,
+                BLOCK_D=padded_dim(dim),
             )
     return dq, dk.to(k.dtype), dv.to(v.dtype), None if bias is None else dbias
+
+
+def softmax_terms(
+    out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what turns logits into their gradient, both ``[B, H, Q]`` float32.
+
+    With the first, ``P = exp(logit - lse)`` is 0 in rows that see nothing; the second is
+    ``delta = rowsum(dO * O) - dlse``.
+
+    Args:
+        out: See `backward`, and so for the others.
+        lse: See there.
+        grad: See there.
+        grad_lse: See there.
+    """
+    batch, heads, q_len, dim = out.shape
+    # A row without keys, or whose keys all have bias -inf: exp2(-inf - 0) is 0, as it should be.
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    delta = torch.empty_like(lse)
+    rows = batch * heads * q_len
+    _delta_kernel[(triton.cdiv(rows, 32),)](
+        out,
+        grad,
+        grad_lse,
+        delta,
+        *out.stride()[:3],
+        *grad.stride()[:3],
+        heads,
+        q_len,
+        rows,
+        HAS_LSE=grad_lse is not None,
+        ROWS=32,
+        D=dim,
+        BLOCK_D=padded_dim(dim),
+    )
+    return lse, delta
+
+
+def query_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    lists: TileLists | None,
+    scale: float,
+    immortal: bool,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    tile: int = TILE,
+) -> Tensor:
+    """Return dq, from the forward's lists.
+
+    Args:
+        q: See `backward`, and so for the others up to ``grad``.
+        k: See there.
+        v: See there.
+        bias: See there.
+        expiry: See there.
+        lists: See there.
+        scale: See there.
+        immortal: See there.
+        grad: See there.
+        lse: Of `softmax_terms`.
+        delta: Of `softmax_terms`.
+        tile: Query slots of the lists' tiles.
+    """
+    batch, _, q_len, dim = q.shape
+    groups, k_len = k.shape[1], k.shape[2]
+    tensors, strides, common = shared_arguments(q, k, v, bias, expiry, grad, lse, delta)
+    dq = torch.empty_like(q)
+    t0 = (k_len - q_len) // tile
+    tiles = triton.cdiv(k_len, tile) - t0
+    packed = tile * common["R"]
+    arguments = (
+        *tensors,
+        # Without lists their pointers are not read, but Gluon needs tensors there.
+        *((expiry, expiry, expiry) if lists is None else lists),
+        dq,
+        *strides,
+        *dq.stride()[:3],
+        *((0, 0, 0) if lists is None else lists.keys.stride()[:3]),
+        scale,
+        groups,
+        q_len,
+        k_len,
+        t0,
+        tiles,
+    )
+    walk = {"LISTED": lists is not None, "IMMORTAL": immortal, "TILE": tile}
+    if on_hopper(q) and tile == TILE:
+        hopper_dq = importlib.import_module("dynmask.ops.triton.hopper_dq")
+        grid = tiles * triton.cdiv(packed, 2 * hopper_dq.ROWS), batch * groups
+        shape = {"ROWS": hopper_dq.ROWS, "BLOCK_N": hopper_dq.BLOCK_N, "num_warps": 4}
+        hopper_dq.dq_kernel[grid](*arguments, **common, **walk, **shape)
+        return dq
+    block_m, block_n, warps, stages = dq_tiles(q)
+    if packed < block_m:
+        block_m, warps = max(16, triton.next_power_of_2(packed)), 4
+    dq_kernel[tiles * triton.cdiv(packed, block_m), batch * groups](
+        *arguments,
+        **common,
+        **walk,
+        BLOCK_D=padded_dim(dim),
+        PRECISION=dot_precision(q),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return dq
+
+
+def shared_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    """Return the tensors, strides and constants that the kernels of dq and of dk, dv all take."""
+    # Without a bias its pointer is not read, but Gluon needs a tensor there.
+    tensors = (q, k, v, q if bias is None else bias, expiry, grad, lse, delta)
+    strides = (
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *grad.stride()[:3],
+        *((0, 0) if bias is None else bias.stride()[:2]),
+        *expiry.stride()[:2],
+    )
+    constants = {
+        "R": q.shape[1] // k.shape[1],
+        "D": q.shape[-1],
+        "HAS_BIAS": bias is not None,
+        "WIDE": not int32_offsets(q, k, v, grad),
+    }
+    return tensors, strides, constants
 
 
 @triton.jit(do_not_specialize=["H", "Q", "rows"])

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from dynmask.masks import Blocks
-from dynmask.masks.triton.block_lists import block_lists, immortal, list_shape, list_tile
-from dynmask.masks.triton.library import fake, operator
+from dynmask.masks.triton.block_lists import block_lists, immortal, list_tile
+from dynmask.masks.triton.block_tiles import block_tiles
+from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.masks.triton.schedule import TILE, TileLists
 from dynmask.ops.triton import operators
-from dynmask.ops.triton.common import on_hopper
+from dynmask.ops.triton.blocks_backward import backward
+from dynmask.ops.triton.common import on_hopper, wants_gradients
 from dynmask.ops.triton.decode import MOST_ROWS
 from dynmask.ops.triton.forward import forward
 
@@ -20,18 +22,10 @@ from dynmask.ops.triton.forward import forward
 _LIST_BYTES = 1 << 30
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
-    """Return None if the kernels run such calls, dtype and head size aside, else why not."""
-    inputs = [t for t in (q, k, v, bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return "the triton backend has no backward pass for Blocks; use torch.no_grad()"
-    return None
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Blocks, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend; a few rows of one tile by the decode kernel, else by gathered keys.
+    """Attend; a few rows of one tile without gradients by the decode kernel, else by gathered keys.
 
     The lists take ``4 M block`` bytes per tile of query rows, or ``4 K`` if that is less; long ones
     are made for a part of the rows at a time. Listed keys and values must be finite, hidden or not.
@@ -49,9 +43,10 @@ def attend(
     """
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     bias = None if bias is None else bias.float().contiguous()
+    grad = wants_gradients(q, k, v, bias)
     q_len, k_len = q.shape[2], k.shape[2]
     first, last = (k_len - q_len) // mask.tile, (k_len - 1) // mask.tile
-    if first == last and q.shape[1] // k.shape[1] * q_len <= MOST_ROWS:
+    if first == last and q.shape[1] // k.shape[1] * q_len <= MOST_ROWS and not grad:
         seen = mask.table(first, first + 1, k_len)[:, :, 0]
         seen = seen.repeat_interleave(mask.block, -1)[..., :k_len]
         # A key that the tile does not see is dead before it.
@@ -76,10 +71,7 @@ def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, mask: Blocks, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     expiry = immortal(mask, k.shape[2])
-    lists = _schedule(mask.indices, mask.counts, expiry, mask.block, mask.tile, q.shape[2])
-    keys, full, partial = (t.expand(*k.shape[:2], *t.shape[2:]) for t in lists)
-    lists = [keys, full.contiguous(), partial.contiguous()]
-    return _attend(q, k, v, bias, expiry.expand(k.shape[:3]), lists, mask.tile, scale)
+    return _attend(q, k, v, bias, expiry, mask.indices, mask.counts, mask.block, mask.tile, scale)
 
 
 def _rows_at_once(mask: Blocks, q_len: int, k_len: int) -> int:
@@ -93,20 +85,14 @@ def _rows_at_once(mask: Blocks, q_len: int, k_len: int) -> int:
     return q_len if tiles >= q_len // tile + 2 else max(1, tiles) * tile
 
 
-@operator("blocks_schedule")
-def _schedule(
-    indices: Tensor, counts: Tensor, expiry: Tensor, block: int, tile: int, q_len: int
-) -> list[Tensor]:
-    keys, full, partial = block_lists(indices, counts, expiry, block=block, tile=tile, q_len=q_len)
-    return [keys, full, partial]
-
-
-@fake("blocks_schedule")
-def _(
-    indices: Tensor, counts: Tensor, expiry: Tensor, block: int, tile: int, q_len: int
-) -> list[Tensor]:
-    shape = list_shape(indices, expiry, block=block, tile=tile, q_len=q_len)
-    return [expiry.new_empty(shape), expiry.new_empty(shape[:3]), expiry.new_empty(shape[:3])]
+def _lists(
+    q: Tensor, k: Tensor, expiry: Tensor, indices: Tensor, counts: Tensor, block: int, tile: int
+) -> tuple[Tensor, TileLists]:
+    """Return expiry and lists for all batch rows and kv heads."""
+    made = block_lists(indices, counts, expiry, block=block, tile=tile, q_len=q.shape[2])
+    keys, full, partial = (t.expand(*k.shape[:2], *t.shape[2:]) for t in made)
+    lists = TileLists(keys, full.contiguous(), partial.contiguous())
+    return expiry.expand(k.shape[:3]), lists
 
 
 @operator("blocks_attention")
@@ -116,16 +102,19 @@ def _attend(
     v: Tensor,
     bias: Tensor | None,
     expiry: Tensor,
-    lists: list[Tensor],
+    indices: Tensor,
+    counts: Tensor,
+    block: int,
     tile: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    made = TileLists(*lists)
+    """Return the output and the log-sum-exp; differentiable in q, k, v and bias."""
+    expiry, lists = _lists(q, k, expiry, indices, counts, block, tile)
     if on_hopper(q) and list_tile(tile) == TILE:
         run = importlib.import_module("dynmask.ops.triton.hopper").forward
-        out, lse = run(q, k, v, bias, expiry, made, scale, immortal=False)
+        out, lse = run(q, k, v, bias, expiry, lists, scale, immortal=False)
     else:
-        out, lse = forward(q, k, v, bias, expiry, made, scale, tile=list_tile(tile))
+        out, lse = forward(q, k, v, bias, expiry, lists, scale, tile=list_tile(tile))
     return out, lse
 
 
@@ -136,8 +125,81 @@ def _(
     v: Tensor,
     bias: Tensor | None,
     expiry: Tensor,
-    lists: list[Tensor],
+    indices: Tensor,
+    counts: Tensor,
+    block: int,
     tile: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operator("blocks_backward")
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block: int,
+    tile: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    """Return the gradients in q, k, v and, if there is one, bias; makes the lists again."""
+    expiry, lists = _lists(q, k, expiry, indices, counts, block, tile)
+    shape = {"block": block, "tile": tile, "q_len": q.shape[2], "k_len": k.shape[2]}
+    turned = block_tiles(indices, counts, **shape)
+    args = (q, k, v, bias, expiry, lists, turned, block, tile, scale, out, lse, grad, grad_lse)
+    return [t for t in backward(*args) if t is not None]
+
+
+@fake("blocks_backward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block: int,
+    tile: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    like = [torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)]
+    return like if bias is None else [*like, bias.new_empty(bias.shape)]
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.block, ctx.tile, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    *tensors, out, lse = ctx.saved_tensors
+    rest = [None] * 6
+    if grad is None and grad_lse is None:
+        return None, None, None, None, *rest
+    grad = torch.zeros_like(out) if grad is None else grad
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    args = (*tensors, ctx.block, ctx.tile, ctx.scale, out, lse, grad, grad_lse)
+    dq, dk, dv, *dbias = _attend_backward(*args)
+    return dq, dk, dv, dbias[0] if dbias else None, *rest
+
+
+torch.library.register_autograd(
+    "dynmask::blocks_attention", _gradients, setup_context=_save, lib=LIBRARY
+)

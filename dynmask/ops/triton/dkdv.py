@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _dkdv_block(
+def dkdv_block(
     b_dk,
     b_dv,
     b_db,
@@ -186,7 +186,7 @@ def dkdv_kernel(
             begin = first if part == 0 else (head if part == 1 else tail)
             end = head if part == 0 else (tail if part == 1 else last)
             for start in range(begin, end, BLOCK_M):
-                b_dk, b_dv, b_db = _dkdv_block(
+                b_dk, b_dv, b_db = dkdv_block(
                     b_dk,
                     b_dv,
                     b_db,

@@ -8,6 +8,7 @@ from torch import Tensor
 from dynmask.masks import Lifetimes
 from dynmask.masks.triton.schedule import TILE, is_listed, list_shape
 from dynmask.ops.triton import operators
+from dynmask.ops.triton.common import wants_gradients
 from dynmask.ops.triton.decode import MOST_ROWS
 
 # Lists of more than this are made and used for a part of the rows at a time.
@@ -32,8 +33,7 @@ def attend(
     """
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     bias = None if bias is None else bias.float().contiguous()
-    inputs = [t for t in (q, k, v, bias) if t is not None]
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    grad = wants_gradients(q, k, v, bias)
     q_len, k_len = q.shape[2], k.shape[2]
     if q.shape[1] // k.shape[1] * q_len <= MOST_ROWS and not grad:
         expiry = mask.expiry if mask.is_causal else _rows(mask.expiry)

@@ -7,12 +7,16 @@ import triton
 from torch import Tensor
 
 from dynmask.masks import Stripes
-from dynmask.masks.triton.library import fake, operator
+from dynmask.masks.triton.library import LIBRARY, fake, operator
+from dynmask.ops.triton import stripes_dkdv, stripes_dq
+from dynmask.ops.triton.common import wants_gradients
+from dynmask.ops.triton.stripes_backward import backward
 from dynmask.ops.triton.stripes_decode import MOST_ROWS, decode
 from dynmask.ops.triton.stripes_forward import forward, tiles
 from dynmask.ops.triton.stripes_tables import (
     StripeKeys,
     TileTables,
+    corner_parts,
     most_keys,
     stripe_keys,
     tile_tables,
@@ -21,16 +25,20 @@ from dynmask.ops.triton.stripes_tables import (
 
 def supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
     """Return None if the kernels run such calls, dtype and head size aside, else why not."""
-    inputs = [t for t in (q, k, v, bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return "the triton backend has no backward pass for Stripes; use torch.no_grad()"
+    small = q.is_cuda and q.dtype != torch.float32 and q.shape[-1] <= 64
+    if small and wants_gradients(q, k, v, bias):
+        # On an H100 with Triton 3.6, dk and dv were wrong there, and right with head size 128.
+        return (
+            "the triton backend's backward pass of Stripes is not right yet for half precision "
+            "with head sizes up to 64"
+        )
     return None
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Stripes, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend; a few rows by the decode kernel, else by tiles of each sequence's own rows.
+    """Attend; few rows without gradients by the decode kernel, else by each sequence's own tiles.
 
     Hidden keys and values of a sequence must be finite; those of padding are not read.
 
@@ -57,12 +65,19 @@ def attend(
     size = 0 if corner is None else corner.shape[1]
     # First position of any sequence that has a query row.
     first = min((max(k_len - q_len - a, 0) for a, b in parts if a < b), default=k_len)
-    if q_len <= MOST_ROWS and first >= size:
+    grad = wants_gradients(q, k, v, bias)
+    if q_len <= MOST_ROWS and first >= size and not grad:
         return _decode(q, k, v, bias, keys, runs, most_keys(mask, k_len), scale)
-    tile, block, _, _ = tiles(q)
-    tables = list(tile_tables(mask, k_len, tile, block))
     last = max(b - a for a, b in parts)
-    return _prefill(q, k, v, bias, keys, tables, corner, runs, first, last, scale)
+    most = max(len(c) for c in mask.columns)
+    tables = list(tile_tables(mask, k_len, *tiles(q)[:2]))
+    of_dq: list[Tensor] = []
+    of_dkdv: list[Tensor] = []
+    if grad:
+        of_dq += tile_tables(mask, k_len, *stripes_dq.tiles(q)[:2])
+        of_dkdv += tile_tables(mask, k_len, *stripes_dkdv.tiles(q)[:2])
+    made = tables, of_dq, of_dkdv, corner, runs, first, last, most
+    return _prefill(q, k, v, bias, keys, *made, scale)
 
 
 @operator("stripes_attention")
@@ -73,40 +88,28 @@ def _prefill(
     bias: Tensor | None,
     keys: list[Tensor],
     tables: list[Tensor],
+    dq_tables: list[Tensor],
+    dkdv_tables: list[Tensor],
     corner: Tensor | None,
     runs: Tensor | None,
     first: int,
     last: int,
+    most_columns: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend from positions ``first`` to ``last - 1`` of each sequence; other rows get 0."""
+    """Attend from positions ``first`` to ``last - 1`` of each sequence; other rows get 0.
+
+    Differentiable in q, k, v and bias where it is given the backward pass's tables.
+    """
     if runs is None:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     else:
         out = torch.zeros_like(q)
         lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     tile = tiles(q)[0]
-    begin, end = first // tile, triton.cdiv(last, tile)
-    edge = begin
-    if corner is not None:
-        edge = max(begin, min(end, triton.cdiv(corner.shape[1], tile)))
     made = StripeKeys(*keys), TileTables(*tables)
-    for low, high, inside in ((begin, edge, corner), (edge, end, None)):
-        if low < high:
-            forward(
-                q,
-                k,
-                v,
-                bias,
-                *made,
-                inside,
-                runs,
-                out,
-                lse,
-                scale,
-                first=low,
-                last=high,
-            )
+    for low, high, inside in corner_parts(first // tile, triton.cdiv(last, tile), tile, corner):
+        forward(q, k, v, bias, *made, inside, runs, out, lse, scale, first=low, last=high)
     return out, lse
 
 
@@ -118,13 +121,97 @@ def _(
     bias: Tensor | None,
     keys: list[Tensor],
     tables: list[Tensor],
+    dq_tables: list[Tensor],
+    dkdv_tables: list[Tensor],
     corner: Tensor | None,
     runs: Tensor | None,
     first: int,
     last: int,
+    most_columns: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operator("stripes_backward")
+def _prefill_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    keys: list[Tensor],
+    dq_tables: list[Tensor],
+    dkdv_tables: list[Tensor],
+    corner: Tensor | None,
+    runs: Tensor | None,
+    first: int,
+    last: int,
+    most_columns: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    """Return the gradients in q, k, v and, if there is one, bias."""
+    made = StripeKeys(*keys), TileTables(*dq_tables), TileTables(*dkdv_tables)
+    mask = (*made, most_columns, corner, runs)
+    rows = (out, lse, grad, grad_lse)
+    grads = backward(q, k, v, bias, *mask, scale, *rows, first=first, last=last)
+    return [t for t in grads if t is not None]
+
+
+@fake("stripes_backward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    keys: list[Tensor],
+    dq_tables: list[Tensor],
+    dkdv_tables: list[Tensor],
+    corner: Tensor | None,
+    runs: Tensor | None,
+    first: int,
+    last: int,
+    most_columns: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    like = [torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)]
+    return like if bias is None else [*like, bias.new_empty(bias.shape)]
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, bias, keys, tables, dq_tables, dkdv_tables, corner, runs, *ctx.sizes = inputs
+    ctx.tables = len(tables)
+    ctx.save_for_backward(q, k, v, bias, corner, runs, *output, *keys, *dq_tables, *dkdv_tables)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, bias, corner, runs, out, lse, *rest = ctx.saved_tensors
+    n = len(StripeKeys._fields)
+    keys, tables = rest[:n], rest[n:]
+    no_grads = [[None] * n, [None] * ctx.tables, *[[None] * (len(tables) // 2)] * 2, *[None] * 6]
+    if grad is None and grad_lse is None:
+        return None, None, None, None, *no_grads
+    grad = torch.zeros_like(out) if grad is None else grad
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    made = keys, tables[: len(tables) // 2], tables[len(tables) // 2 :]
+    args = (q, k, v, bias, *made, corner, runs, *ctx.sizes, out, lse, grad, grad_lse)
+    dq, dk, dv, *dbias = _prefill_backward(*args)
+    return dq, dk, dv, dbias[0] if dbias else None, *no_grads
+
+
+torch.library.register_autograd(
+    "dynmask::stripes_attention", _gradients, setup_context=_save, lib=LIBRARY
+)
 
 
 @operator("stripes_decode")

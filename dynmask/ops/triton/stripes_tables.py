@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional
 
@@ -104,6 +105,17 @@ def tile_tables(mask: Stripes, k_len: int, tile: int, block: int) -> TileTables:
         mask.derived[key] = TileTables(near, before, blocks, reached)
     tables: TileTables = mask.derived[key]
     return tables
+
+
+def corner_parts(
+    first: int, last: int, tile: int, corner: Tensor | None
+) -> list[tuple[int, int, Tensor | None]]:
+    """Cut tiles ``first`` to ``last - 1`` into those that reach into the corner and the others."""
+    edge = first
+    if corner is not None:
+        edge = max(first, min(last, triton.cdiv(corner.shape[1], tile)))
+    parts = [(first, edge, corner), (edge, last, None)]
+    return [part for part in parts if part[0] < part[1]]
 
 
 def most_keys(mask: Stripes, k_len: int) -> int:
