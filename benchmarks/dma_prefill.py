@@ -1,6 +1,7 @@
 """Prefill up to a million tokens through a DMA model whose cache stays small, beside a dense one.
 
     python benchmarks/dma_prefill.py [--lengths 65536 131072 ...] [--chunk 32768] [--out FILE]
+    python benchmarks/dma_prefill.py --draw FILE PICTURE.svg
 
 Random weights of Llama-3.2-1B's shape in bfloat16, batch 1. The DMA model (`keep` keys for each
 kv head and layer) reads its prompt in chunks into a `LifetimeCache`; the dense one, transformers'
@@ -115,6 +116,38 @@ def check(model, vocabulary: int, length: int, chunk: int, device: str) -> float
     return error
 
 
+def draw(source: Path, picture: Path) -> None:
+    """Draw time and memory against the length."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    cells = json.loads(source.read_text())["cells"]
+    with rc_context({"svg.hashsalt": "dynmask", "svg.fonttype": "path"}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        titles = ("time to the first token, s", "peak memory, GiB")
+        for axes, title in zip(figure.subplots(1, 2), titles, strict=True):
+            for name in dict.fromkeys(cell["model"] for cell in cells):
+                own = [cell for cell in cells if cell["model"] == name]
+                if title.startswith("time"):
+                    values = [cell["prefill"]["median"] for cell in own]
+                else:
+                    values = [cell["peak_bytes"] / 2**30 for cell in own]
+                lengths = [cell["length"] for cell in own]
+                axes.plot(lengths, values, "-o" if name == "dma" else "--o", label=name)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            ticks = sorted({cell["length"] for cell in cells})
+            axes.set_xticks(ticks, [f"{n >> 10}K" if n < 1 << 20 else "1M" for n in ticks])
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_xlabel("tokens of the prompt")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1 << n for n in range(16, 21)])
@@ -125,10 +158,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--draw", type=Path, nargs=2, metavar=("FILE", "PICTURE"))
     args = parser.parse_args()
+    if args.draw:
+        draw(*args.draw)
+        return
     torch.set_grad_enabled(False)
     shape = SHAPE if args.device == "cuda" else TINY
-    result = {**environment(args.device), "shape": shape, "settings": vars(args) | {"out": None}}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "draw")}
+    result = {**environment(args.device), "shape": shape, "settings": settings}
     cells: list[dict] = []
 
     def note(cell: dict) -> None:

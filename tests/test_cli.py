@@ -478,8 +478,8 @@ def test_demo_writes_plan_results_and_report(capsys, monkeypatch, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["plan", "report.html", "results.json"]
     results = Results.load(out / "results.json")
     assert [row["task"] for row in document["quality"]] == [row.task for row in results.quality]
-    assert len(results.quality) == 9
-    assert len(results.speed) == 6
+    assert len(results.quality) == 3 * len(demo.MODES)
+    assert len(results.speed) == 2 * len(demo.MODES)
     assert {row.mode for row in results.quality} == set(demo.MODES)
     plan = MaskPlan.load(out / "plan")
     assert plan.settings.capture_length == 64

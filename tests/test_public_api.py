@@ -8,7 +8,8 @@ import pytest
 PUBLIC = {
     "dynmask": """
         Blocks BoundedKeys DmaConfig DmaForCausalLM DmaModel Documents DynamicMaskAttention
-        LifetimeCache Lifetimes MaskPlan Padding Stripes accelerate attention calibrate supports
+        LifetimeCache Lifetimes MaskPlan Padding Stripes accelerate attention calibrate from_doge
+        from_pretrained_dense supports
     """,
     "dynmask.masks": """
         Blocks Documents Lifetimes Mask Padding Stripes
@@ -17,8 +18,9 @@ PUBLIC = {
         BoundedKeys attention choose computed_pairs supports
     """,
     "dynmask.dam": """
-        AMPLIFIERS Coverage CoverageMeter LayerPlan MODES MapAccumulator MaskPlan Matched Settings
-        amplify check_writable describe_data gate_heads match preview true_mask
+        AMPLIFIERS Coverage CoverageMeter Dynamic LayerPlan MODES MapAccumulator MaskPlan Matched
+        Settings amplify check_writable describe_data dynamic_attention gate_heads match preview
+        true_mask
     """,
     "dynmask.hf": """
         Run accelerate calibrate check_fingerprint fingerprint

@@ -21,7 +21,7 @@ from dynmask.report import QualityRow, Results, SpeedRow, build_page
 from dynmask.report.machine import machine, versions
 from dynmask.report.measure import Cost, Progress, prefill_rows, quality_row, running
 
-MODES = ("full", "static", "auto")
+MODES = ("full", "static", "dynamic", "auto")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output=output,
     )
     plan = MaskPlan.load(folder / "plan")
-    output.say("2  LongEval lines, needles and perplexity: full, static, gated")
+    output.say("2  LongEval lines, needles and perplexity: full, static, dynamic, gated")
     quality = []
     for mode in MODES:
         with output.progress(mode) as progress:
@@ -143,7 +143,7 @@ def measure_quality(
     Args:
         loaded: The model; it is as before afterwards.
         plan: Its plan.
-        mode: ``"full"``, ``"static"``, ``"auto"`` or ``"dense"``.
+        mode: ``"full"``, or one of `dynmask.accelerate`.
         sizes: How much to ask.
         progress: Called as ``progress(done, total, text)`` within each task.
 

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
         plan = MaskPlan.load(arguments.plan)
     loaded = load(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    with output.progress(arguments.task) as progress, running(loaded.model, plan, mode) as active:
+    attached = running(loaded.model, plan, mode, arguments.coverage)
+    with output.progress(arguments.task) as progress, attached as active:
         result = _evaluate(arguments, loaded, progress)
         row = quality_row(result, mode, Cost.of(loaded.model, active))
     results = Results(
@@ -84,8 +85,13 @@ def _task(tasks: Any, name: str, line: str) -> argparse.ArgumentParser:
     parser.add_argument("--plan", metavar="FOLDER", help="run with this plan")
     parser.add_argument(
         "--mode",
-        choices=["full", "static", "auto", "dense"],
+        choices=["full", "dynamic", "static", "auto", "dense"],
         help="default: auto with --plan, else full (the model's own attention)",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        help="quality of dynamic masks and of the plan's gate; default 0.98, or the plan's own",
     )
     parser.add_argument("--out", metavar="FILE.json", help="write the results for 'dynmask report'")
     add_common(parser, default=argparse.SUPPRESS)
@@ -103,10 +109,12 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 
 def _mode(arguments: argparse.Namespace) -> str:
     mode = arguments.mode or ("auto" if arguments.plan else "full")
-    if mode != "full" and not arguments.plan:
-        raise ValueError(f"--mode {mode} needs --plan FOLDER")
+    if mode in ("static", "dense") and not arguments.plan:
+        raise ValueError(f"--mode {mode} needs --plan FOLDER; --mode dynamic runs without one")
     if mode == "full" and arguments.plan:
         raise ValueError("--mode full runs without a plan; leave --plan out, or use --mode dense")
+    if mode == "full" and arguments.coverage is not None:
+        raise ValueError("--coverage is for dynamic masks and plans; add --mode dynamic")
     return str(mode)
 
 

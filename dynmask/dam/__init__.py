@@ -1,8 +1,9 @@
-"""DAM, stage 1: from attention maps to a plan of masks. Tensors in, tensors out."""
+"""DAM: from attention maps to a plan of masks, and masks from the input at hand. Tensors only."""
 
 from dynmask.dam.amplify import AMPLIFIERS, amplify
 from dynmask.dam.capture import MapAccumulator
 from dynmask.dam.coverage import Coverage, CoverageMeter
+from dynmask.dam.dynamic import Dynamic, dynamic_attention
 from dynmask.dam.gate import gate_heads
 from dynmask.dam.layer import LayerPlan, preview
 from dynmask.dam.match import Matched, match, true_mask
@@ -15,6 +16,7 @@ __all__ = [
     "MODES",
     "Coverage",
     "CoverageMeter",
+    "Dynamic",
     "LayerPlan",
     "MapAccumulator",
     "MaskPlan",
@@ -23,6 +25,7 @@ __all__ = [
     "amplify",
     "check_writable",
     "describe_data",
+    "dynamic_attention",
     "gate_heads",
     "match",
     "preview",

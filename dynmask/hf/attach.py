@@ -1,7 +1,8 @@
-"""Accelerate: run a model's attention under a plan's masks (DAM, stage 2)."""
+"""Accelerate: run a model's attention under a plan's masks and dynamic ones (DAM, stage 2)."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from types import TracebackType
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.dam import MaskPlan
+from dynmask.dam.dynamic import Dynamic
 from dynmask.hf import compat
+from dynmask.hf.dynamic import LayerPolicy, LongCall
 from dynmask.hf.fingerprint import check_fingerprint
 from dynmask.hf.keys import KeySlots, key_mask, slots_of
 from dynmask.hf.switch import Switch
@@ -23,12 +26,21 @@ from dynmask.ops.attention import BACKENDS
 NAME = "dynmask"
 DENSE = "transformers sdpa"
 OWN_WINDOW = "own window"
+MODES = ("auto", "dynamic", "static", "dense")
 
 
-def accelerate(model: nn.Module, plan: MaskPlan, *, mode: str = "auto", impl: str = "auto") -> Run:
-    """Run ``model``'s attention under ``plan`` until the returned run is closed.
+def accelerate(
+    model: nn.Module,
+    plan: MaskPlan | None = None,
+    *,
+    mode: str = "auto",
+    coverage: float | None = None,
+    dynamic: Dynamic | None = None,
+    impl: str = "auto",
+) -> Run:
+    """Run ``model``'s attention under dynamic masks and a plan's until the run is closed.
 
-    ``with accelerate(model, plan) as run: model.generate(...)``. Acceleration starts at once, so
+    ``with accelerate(model) as run: model.generate(...)``. Acceleration starts at once, so
     the run may also be kept and ended with ``run.close()``. Only this model is touched, and it is
     given back as it was, also after an exception inside the block.
 
@@ -38,55 +50,75 @@ def accelerate(model: nn.Module, plan: MaskPlan, *, mode: str = "auto", impl: st
     breaks around attention, and must be given an ``attention_mask``: without one, transformers
     makes it a mask for packed documents.
 
-    Layers whose heads are all dense, and layers with a window of their own (sliding or chunked
-    attention), run transformers' ``sdpa`` function under their own exact mask.
+    Dynamic masks are made anew in every prefill and every chunk, from that call's own attention;
+    see `dynmask.dam.dynamic.Dynamic`. Calls that are too short for them, and decode, look at every
+    key with these heads. Layers whose heads are all dense, and layers with a window of their own
+    (sliding or chunked attention), run transformers' ``sdpa`` function under their own exact mask.
 
     Args:
         model: The causal language model that the plan was made for, in any float dtype, on any
             device.
-        plan: From ``calibrate`` or ``MaskPlan.load``.
-        mode: "static": every head on its stripes. "auto": the heads that the plan's gate marks run
-            dense. "dense": every head dense, the control.
+        plan: From ``calibrate`` or ``MaskPlan.load``; None for dynamic masks alone.
+        mode: "auto": without a plan "dynamic"; with one, the heads that its gate keeps static run
+            on their stripes, the others dynamic. "dynamic": every head dynamic. "static": every
+            head on its stripes. "dense": every head dense, the control.
+        coverage: The quality asked for, in (0, 1]: of dynamic masks (`Dynamic.coverage`), and of
+            the stripes that the plan's gate keeps. By default the plan's own, or 0.98.
+        dynamic: How dynamic masks are made, in all else; the defaults are for every model.
         impl: "auto", or a backend of ``dynmask.attention`` that must run every sparse layer.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: Mode or impl is unknown; the plan is of another model; the model is accelerated
-            already, or has no attention layer that dynmask knows. Later, from the model's forward:
-            packed documents, 4-d attention masks, or attention arguments that dynmask does not
-            know (attention sinks, softcap), where a layer is not dense.
+        ValueError: Mode or impl is unknown, or the mode needs a plan; coverage is out of range;
+            the plan is of another model; the model is accelerated already, or has no attention
+            layer that dynmask knows. Later, from the model's forward: packed documents, 4-d
+            attention masks, or attention arguments that dynmask does not know (attention sinks,
+            softcap), where a layer is not dense.
     """
-    return Run(model, plan, mode=mode, impl=impl)
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
+    if plan is None and mode == "static":
+        raise ValueError('mode="static" needs a plan: make one with calibrate, or use "dynamic"')
+    if plan is not None and coverage is not None:
+        plan = plan.with_coverage(coverage)
+    settings = Dynamic() if dynamic is None else dynamic
+    if coverage is None and dynamic is None and plan is not None:
+        coverage = plan.settings.coverage
+    if coverage is not None:
+        settings = dataclasses.replace(settings, coverage=coverage)
+    return Run(model, plan, mode=mode, dynamic=settings, impl=impl)
 
 
 class Run:
     """An accelerated model; a context manager. See ``accelerate``."""
 
-    def __init__(self, model: nn.Module, plan: MaskPlan, *, mode: str, impl: str):
+    def __init__(
+        self, model: nn.Module, plan: MaskPlan | None, *, mode: str, dynamic: Dynamic, impl: str
+    ):
         if impl != "auto" and impl not in BACKENDS:
             raise ValueError(f"impl={impl!r} is unknown; use one of {['auto', *BACKENDS]}")
         compat.refuse_attached(model)
         layers = compat.attention_layers(model)
-        check_fingerprint(model, plan.fingerprint)
-        unknown = plan.layers.keys() - {x.index for x in layers if x.own_window is None}
-        if unknown:
-            raise ValueError(
-                f"the plan holds layers {sorted(unknown)}, which are no full causal attention "
-                "layers of this model: calibrate it again"
-            )
+        if plan is not None:
+            _check_plan(model, plan, layers)
         self.model = model
         self.mode = mode
         self.impl = impl
         self._tally = Tally()
         self._attached: list[_Attached] = []
         for layer in layers:
-            stripes = None
-            if layer.index in plan.layers:
-                stripes = plan.stripes(layer.index, mode)
             own = OWN_WINDOW if layer.own_window is not None else None
-            self._attached.append(_Attached(layer, stripes, impl, self._tally, own))
+            stripes = _stripes(plan, layer, mode) if own is None else None
+            policy = None
+            if (
+                stripes is not None
+                and mode in ("auto", "dynamic")
+                and bool(stripes.full_heads.any())
+            ):
+                policy = LayerPolicy(dynamic, stripes)
+            self._attached.append(_Attached(layer, stripes, policy, impl, self._tally, own))
         compat.register(NAME, dynmask_attention, key_mask)
         self._switch: Switch | None = Switch(model, layers, NAME)
         for attached in self._attached:
@@ -121,8 +153,10 @@ class Run:
             chunk, decode) the number of calls of each implementation that really ran.
             ``calls``: calls by kind. ``density``: by kind, the pairs that the masks show over the
             causal pairs; ``computed_density``: the pairs that were evaluated over the causal
-            pairs, 1 for a dense kernel. Both count prefill and chunks of every layer in the plan.
-            ``mask_seconds``: time spent on masks and schedules, outside of attention itself.
+            pairs, 1 for a dense kernel. Both count prefill and chunks of every layer that is not
+            left to its own window; dynamic masks as they were made, a summary as one key.
+            ``mask_seconds``: time spent on masks and schedules, outside of attention itself; for
+            dynamic masks on a GPU the device's own.
         """
         own = sum(a.own is not None for a in self._attached)
         sparse = sum(a.sparse for a in self._attached)
@@ -141,6 +175,26 @@ class Run:
         }
 
 
+def _check_plan(model: nn.Module, plan: MaskPlan, layers: list[compat.AttentionLayer]) -> None:
+    """Refuse a plan that was made for another model."""
+    check_fingerprint(model, plan.fingerprint)
+    unknown = plan.layers.keys() - {x.index for x in layers if x.own_window is None}
+    if unknown:
+        raise ValueError(
+            f"the plan holds layers {sorted(unknown)}, which are no full causal attention "
+            "layers of this model: calibrate it again"
+        )
+
+
+def _stripes(plan: MaskPlan | None, layer: compat.AttentionLayer, mode: str) -> Stripes | None:
+    """Return what a layer's heads see in short calls; None for a layer that a plan leaves out."""
+    if plan is None:
+        return Stripes.causal(layer.heads)
+    if layer.index not in plan.layers:
+        return None
+    return plan.stripes(layer.index, "dense" if mode == "dynamic" else mode)
+
+
 class _Attached:
     """What one attention module of an accelerated model needs; hangs on the module itself."""
 
@@ -148,16 +202,19 @@ class _Attached:
         self,
         layer: compat.AttentionLayer,
         stripes: Stripes | None,
+        policy: LayerPolicy | None,
         impl: str,
         tally: Tally,
         own: str | None,
     ):
         self.layer = layer
         self.stripes = stripes
+        self.policy = policy
         self.impl = impl
         self.tally = tally
         self.own = own
-        self.sparse = stripes is not None and not bool(stripes.full_heads.all())
+        self.striped = stripes is not None and not bool(stripes.full_heads.all())
+        self.sparse = self.striped or self.policy is not None
         self._on_device: dict[torch.device, Stripes] = {}
 
     def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
@@ -233,14 +290,20 @@ def dynmask_attention(
     slots = slots_of(attention_mask, key)
     key, value = key[:, :, : slots.length], value[:, :, : slots.length]
     kind = kind_of(q_len, slots.length)
-    if attached is None or not attached.sparse:
+    policy = None if attached is None else attached.policy
+    if attached is not None and policy is not None and policy.applies(slots, q_len):
+        _refuse_dropout(dropout)
+        call = LongCall(policy, kind, scale=scaling, impl=attached.impl, tally=attached.tally)
+        found, impl = call.attend(query, key, value, slots)
+        attached.tally.add(kind, impl, attached.layer.index)
+        return found.transpose(1, 2).contiguous(), None
+    if attached is None or not attached.striped:
         if attached is not None:
             attached.tally.add(kind, DENSE, attached.layer.index, _shape(kind, slots, query))
         return compat.sdpa_attention(
             module, query, key, value, slots.dense(q_len), dropout=dropout, scaling=scaling
         )
-    if dropout > 0:
-        raise ValueError("sparse attention has no dropout: call model.eval() first")
+    _refuse_dropout(dropout)
     mask = attached.mask(slots, query.device)
     impl = attached.impl
     if impl == "auto":
@@ -249,6 +312,11 @@ def dynmask_attention(
     attached.tally.add(kind, impl, attached.layer.index, _shape(kind, slots, query))
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_dropout(dropout: float) -> None:
+    if dropout > 0:
+        raise ValueError("sparse attention has no dropout: call model.eval() first")
 
 
 def _shape(kind: str, slots: KeySlots, query: Tensor) -> tuple[tuple[int, int], ...]:

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 
-def running(model: Any, plan: MaskPlan | None, mode: str) -> AbstractContextManager[Run | None]:
+def running(
+    model: Any, plan: MaskPlan | None, mode: str, coverage: float | None = None
+) -> AbstractContextManager[Run | None]:
     """Return a context in which `model` runs in `mode`; ``"full"`` leaves the model as it is.
 
     The context's value is the run, or None for ``"full"``.
 
     Raises:
-        ValueError: `mode` needs a plan and there is none.
+        ValueError: See `dynmask.accelerate`.
     """
     if mode == "full":
         return nullcontext()
-    if plan is None:
-        raise ValueError(f"mode={mode!r} needs a plan; give one, or use mode 'full'")
     from dynmask.hf import accelerate
 
-    return accelerate(model, plan, mode=mode)
+    return accelerate(model, plan, mode=mode, coverage=coverage)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _summary(views: Sequence[HeadView]) -> str:
 
     figures = [
         (f"{layers} × {len(views) // layers}", "layers × heads"),
-        (f"{dense} of {len(views)}", "heads gated to dense"),
+        (f"{dense} of {len(views)}", "heads that the gate does not keep static"),
         (f"{percent(mean([v.coverage for v in views]))} %", "mean coverage"),
         (f"{percent(mean([v.density for v in views]))} %", "static density, capture length"),
         (

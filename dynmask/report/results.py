@@ -15,6 +15,7 @@ VERSION = 1
 MODES = {
     "full": "full attention",
     "static": "DAM static",
+    "dynamic": "DAM dynamic",
     "auto": "DAM gated",
     "dense": "all dense",
 }
@@ -26,7 +27,7 @@ class QualityRow:
 
     Attributes:
         task: Name of the task, as in ``Result.task``.
-        mode: ``"full"`` (the model's own attention), ``"static"``, ``"auto"`` or ``"dense"``.
+        mode: ``"full"`` (the model's own attention) or one of `dynmask.accelerate`.
         metric: ``"accuracy"`` (0 to 1, more is better) or ``"perplexity"`` (less is better).
         score: The measured value.
         interval: 95 % interval of the score, or None where the task gives none.

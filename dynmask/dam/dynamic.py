@@ -1,0 +1,213 @@
+"""Dynamic masks: which keys a prefill looks at, chosen from the attention maps of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynmask.dam.dynamic_gather import attend_gathered
+from dynmask.dam.dynamic_keys import Keys
+from dynmask.dam.dynamic_select import Choice, select
+from dynmask.ops import attention, choose
+
+# Logits of sampled rows alive at once: what fits a CPU's cache, and few launches on a GPU.
+_CPU_CELLS = 1 << 23
+_CELLS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    r"""How dynamic masks are chosen. The defaults are for every model; ``coverage`` is the quality.
+
+    Query rows run in tiles, keys are counted in blocks. A tile sees one by one all keys since
+    ``near`` tokens before it. Each older block it sees either key by key, or as one *summary*: the
+    mean of its keys and the mean of its values, with the weight of ``block`` keys. Of every
+    ``stride`` rows one is sampled: its exact softmax ``P`` says what summaries would cost,
+
+    .. math:: r_J = \operatorname{mean}_{rows, heads} \sum_{j \in J} (P_{ij} - A_{iJ})^2
+
+    where :math:`A_{iJ}` is the weight that the summary gives to each of its keys. A tile keeps the
+    blocks of largest ``r``, as few as leave ``sum of r <= (1 - coverage)^2`` to the others. So 0.98
+    leaves the sampled attention rows a root mean square distance of 0.02 from the exact ones.
+
+    Positions count from the sequence's own first token. A tile's rows choose together: which blocks
+    a row sees one by one may depend on later rows of its tile (never on later tiles), and on
+    whether the call ends there. Its keys and values are those up to itself, always.
+
+    Args:
+        coverage: In (0, 1]: 1 less the distance allowed; 1 keeps every block, up to rounding.
+        tile: Query rows that share one choice; a multiple of ``stride``.
+        block: Keys of a block.
+        near: Keys before the tile's first row that are always seen one by one.
+        stride: One row of so many is sampled, the last one.
+        last: So many rows at the end of a call are sampled all: a question is asked there.
+        shortest: Calls with fewer keys than this run dense, and so do calls of ``last`` rows or
+            less, decode included: every row of theirs would be sampled.
+
+    Raises:
+        ValueError: A value is out of its range.
+
+    Sources: rows sampled for a vertical-slash choice, MInference (arXiv 2407.02490); summaries of
+    skipped blocks, FlashPrefill V2 (arXiv 2608.19758).
+    """
+
+    coverage: float = 0.98
+    tile: int = 64
+    block: int = 64
+    near: int = 64
+    stride: int = 4
+    last: int = 64
+    shortest: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage={self.coverage} must be above 0 and at most 1")
+        for name in ("tile", "block", "stride", "last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.near < 0 or self.shortest < 0:
+            raise ValueError(f"near={self.near} and shortest={self.shortest} must not be negative")
+        if self.tile % self.stride:
+            raise ValueError(
+                f"tile={self.tile} must be a multiple of stride={self.stride}: each tile is sampled"
+            )
+
+    def applies(self, q_len: int, k_len: int) -> bool:
+        """Say whether a call is long enough; else it runs dense."""
+        return q_len > self.last and k_len >= self.shortest
+
+
+class Ran(NamedTuple):
+    """What a call did, in (query, key) pairs of all heads and batch rows; a summary is one key.
+
+    Attributes:
+        causal: Pairs of plain causal attention.
+        shown: ``[]`` int64: pairs that the choice shows.
+        computed: ``[]`` int64: pairs that were evaluated, masked ones included.
+        impl: The backend that ran.
+    """
+
+    causal: int
+    shown: Tensor
+    computed: Tensor
+    impl: str
+
+
+def dynamic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    settings: Dynamic,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    clock: AbstractContextManager[object] | None = None,
+) -> tuple[Tensor, Ran]:
+    """Attend causally under masks that are chosen from these queries and keys.
+
+    Rows stand at the last ``Q`` of the ``K`` key slots. All batch rows are whole sequences without
+    padding. The query heads of a kv head share their choice. Memory is linear in ``K``: tiles run
+    in parts, and no part holds more than a fixed number of cells.
+
+    Args:
+        q: ``[B, H, Q, D]``.
+        k: ``[B, G, K, D]``, ``H % G == 0``.
+        v: ``[B, G, K, D]``.
+        settings: How to choose.
+        scale: Factor of the logits; ``D ** -0.5`` by default.
+        impl: "auto": on the CPU each tile's keys are gathered ("cpu"), unless gradients are asked
+            for; elsewhere what `dynmask.ops.attention` takes. Or a backend by its name.
+        clock: Entered, again and again, around all that is not attention itself.
+
+    Returns:
+        ``[B, H, Q, D]`` in q's dtype, and what was done.
+
+    Raises:
+        ValueError: The shapes do not fit together, or the backend cannot run the call.
+    """
+    if q.dim() != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"need q [B, H, Q, D], k and v [B, G, K, D] with H % G == 0 and Q <= K, got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if q.shape[2] == 0:
+        raise ValueError("q has no rows: leave the call out")
+    clock = nullcontext() if clock is None else clock
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    gathered = runs_gathered(q, k, v, impl)
+    q_len, k_len = q.shape[2], k.shape[2]
+    begin = k_len - q_len
+    with clock:
+        keys = Keys.build(k, v, settings.block, settings.tile)
+    outs = []
+    shown = torch.zeros((), dtype=torch.int64, device=q.device)
+    computed = shown.clone()
+    for first, last in _parts(q, k, settings):
+        part = q[:, :, first - begin : last - begin]
+        with clock, torch.no_grad():
+            choice = select(part, keys, settings, first=first, scale=scale, ends=last == k_len)
+            shown += choice.shown_pairs(first, last) * (q.shape[1] // k.shape[1])
+        if gathered:
+            out = attend_gathered(part, keys, choice, first=first, scale=scale)
+            pairs, ran = choice.gathered_pairs(first, last), "cpu"
+        else:
+            out, ran = _attend(part, keys, choice, last, scale, impl, clock)
+            pairs = choice.shown_pairs(first, last)
+        computed += pairs * (q.shape[1] // k.shape[1])
+        outs.append(out)
+    causal = q.shape[0] * q.shape[1] * (k_len * (k_len + 1) - begin * (begin + 1)) // 2
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    return out, Ran(causal, shown, computed, ran)
+
+
+def runs_gathered(q: Tensor, k: Tensor, v: Tensor, impl: str) -> bool:
+    """Say whether a call's tiles run over gathered keys on the CPU.
+
+    Raises:
+        ValueError: ``impl="cpu"`` for tensors that are not on the CPU, or with gradients.
+    """
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    fits = q.device.type == "cpu" and not grad
+    if impl == "cpu" and not fits:
+        why = f"these are on {q.device}" if q.device.type != "cpu" else "call torch.no_grad()"
+        raise ValueError(f'impl="cpu" needs CPU tensors without gradients: {why}')
+    return fits and impl in ("auto", "cpu")
+
+
+def _parts(q: Tensor, k: Tensor, settings: Dynamic) -> Iterator[tuple[int, int]]:
+    """Cut the rows into parts that end where tiles end; yield ``(first, last)`` positions."""
+    batch, heads, q_len, _ = q.shape
+    k_len, tile = k.shape[2], settings.tile
+    cells = _CPU_CELLS if q.device.type == "cpu" else _CELLS
+    rows = cells // (batch * heads * k_len) * settings.stride // tile * tile
+    first = k_len - q_len
+    while first < k_len:
+        last = min(first // tile * tile + max(rows, tile), k_len)
+        yield first, last
+        first = last
+
+
+def _attend(
+    q: Tensor,
+    keys: Keys,
+    choice: Choice,
+    last: int,
+    scale: float,
+    impl: str,
+    clock: AbstractContextManager[object],
+) -> tuple[Tensor, str]:
+    """Attend one part by the engine: the choice as `Blocks` of single slots, summaries first."""
+    with clock:
+        mask = choice.blocks(keys, last)
+        end = keys.summaries + last
+    k, v, bias = keys.k[:, :, :end], keys.v[:, :, :end], keys.bias[:, :, :end]
+    if impl == "auto":
+        impl = choose(q, k, v, mask, bias=bias)
+    out = attention(q, k, v, mask, bias=bias, scale=scale, impl=impl)
+    assert isinstance(out, Tensor)
+    return out, impl

@@ -1,0 +1,292 @@
+"""Dynamic masks against their definition, written out pair by pair."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dynmask.dam import dynamic as dynamic_module
+from dynmask.dam.dynamic import Dynamic, dynamic_attention
+from dynmask.dam.dynamic_keys import Keys
+from dynmask.dam.dynamic_select import select
+
+SMALL = Dynamic(coverage=0.9, tile=16, block=8, near=10, stride=4, last=6, shortest=0)
+
+
+def draw(q_len, k_len, *, batch=1, heads=4, groups=2, dim=16, sharp=2.0, seed=0, dtype=None):
+    torch.manual_seed(seed)
+    dtype = dtype or torch.float64
+    q = torch.randn(batch, heads, q_len, dim, dtype=dtype) * sharp
+    k, v = (torch.randn(batch, groups, k_len, dim, dtype=dtype) for _ in range(2))
+    return q, k, v
+
+
+def causal(q, k, v):
+    q_len, k_len = q.shape[2], k.shape[2]
+    seen = torch.ones(q_len, k_len, dtype=torch.bool).tril(k_len - q_len)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+
+def chosen_by_definition(q, k, settings, b, g, tile):
+    """Far blocks and those kept, for one tile of whole sequences, by loops over rows."""
+    q_len, k_len, ratio = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    begin = k_len - q_len
+    far = max(0, tile * settings.tile - settings.near) // settings.block
+    rows = [
+        i
+        for i in range(max(begin, tile * settings.tile), min(k_len, (tile + 1) * settings.tile))
+        if i % settings.stride == settings.stride - 1 or i >= k_len - settings.last
+    ]
+    cost = [0.0] * far
+    for i in rows:
+        for h in range(g * ratio, (g + 1) * ratio):
+            logits = (k[b, g, : i + 1] @ q[b, h, i - begin]) / math.sqrt(q.shape[3])
+            exact = logits.exp() / logits.exp().sum()
+            for block in range(far):
+                part = slice(block * settings.block, (block + 1) * settings.block)
+                # One logit for all: of the mean key, which is the mean logit.
+                summary = logits[part].mean().exp() / logits.exp().sum()
+                error = (exact[part] - summary).square().sum()
+                cost[block] += float(error) / (len(rows) * ratio)
+    order = sorted(range(far), key=lambda block: -cost[block])
+    allowed = (1 - settings.coverage) ** 2
+    few = next(n for n in range(far + 1) if sum(cost[block] for block in order[n:]) <= allowed)
+    return far, set(order[:few])
+
+
+def attention_by_definition(q, k, v, settings):
+    """The output and the number of pairs shown, row by row."""
+    q_len, k_len, ratio = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    begin = k_len - q_len
+    out, pairs = torch.empty_like(q), 0
+    for b in range(len(q)):
+        for g in range(k.shape[1]):
+            for tile in range(begin // settings.tile, -(-k_len // settings.tile)):
+                far, kept = chosen_by_definition(q, k, settings, b, g, tile)
+                keys, values, weights = [], [], []
+                for block in range(far):
+                    part = slice(block * settings.block, (block + 1) * settings.block)
+                    if block in kept:
+                        keys += list(k[b, g, part])
+                        values += list(v[b, g, part])
+                        weights += [0.0] * settings.block
+                    else:
+                        keys.append(k[b, g, part].mean(0))
+                        values.append(v[b, g, part].mean(0))
+                        weights.append(math.log(settings.block))
+                first = max(begin, tile * settings.tile)
+                for i in range(first, min(k_len, (tile + 1) * settings.tile)):
+                    near = slice(far * settings.block, i + 1)
+                    every_k = torch.stack([*keys, *k[b, g, near]])
+                    every_v = torch.stack([*values, *v[b, g, near]])
+                    bias = torch.tensor(weights + [0.0] * (i + 1 - near.start), dtype=q.dtype)
+                    for h in range(g * ratio, (g + 1) * ratio):
+                        logits = every_k @ q[b, h, i - begin] / math.sqrt(q.shape[3])
+                        out[b, h, i - begin] = (logits + bias).softmax(0) @ every_v
+                        pairs += len(every_k)
+    return out, pairs
+
+
+@pytest.mark.parametrize(
+    ("q_len", "k_len", "changes"),
+    [
+        (100, 100, {}),
+        (65, 65, {"block": 4, "near": 0}),
+        (37, 111, {}),
+        (63, 90, {"coverage": 0.6}),
+        (1, 70, {"last": 1}),
+        (33, 64, {"last": 40}),
+    ],
+    ids=["square", "odd", "chunk", "coarse", "one-row", "all-sampled"],
+)
+@pytest.mark.parametrize("impl", ["auto", "reference", "sdpa"])
+def test_equals_the_definition(q_len, k_len, changes, impl):
+    settings = Dynamic(**{**vars(SMALL), **changes})
+    q, k, v = draw(q_len, k_len, batch=2)
+    expected, pairs = attention_by_definition(q, k, v, settings)
+    out, ran = dynamic_attention(q, k, v, settings, impl=impl)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    assert int(ran.shown) == pairs
+    assert ran.causal == 2 * 4 * sum(range(k_len - q_len + 1, k_len + 1))
+    assert int(ran.shown) <= int(ran.computed)
+    assert ran.impl == ("cpu" if impl == "auto" else impl)
+
+
+def test_some_blocks_are_kept_and_some_are_not():
+    q, k, v = draw(100, 100)
+    _, ran = dynamic_attention(q, k, v, SMALL)
+    keys = Keys.build(k, v, SMALL.block, SMALL.tile)
+    choice = select(q, keys, SMALL, first=0, scale=0.25, ends=True)
+    share = choice.kept.sum() / choice.far.sum() / k.shape[1]
+    assert 0.2 < float(share) < 0.98
+    assert int(ran.shown) < ran.causal
+
+
+@pytest.mark.parametrize("heads", [2, 6], ids=["mha", "gqa"])
+def test_full_coverage_is_causal_attention(heads):
+    q, k, v = draw(75, 130, heads=heads)
+    settings = Dynamic(**{**vars(SMALL), "coverage": 1.0})
+    out, ran = dynamic_attention(q, k, v, settings)
+    torch.testing.assert_close(out, causal(q, k, v), rtol=1e-9, atol=1e-9)
+    assert int(ran.shown) == ran.causal
+
+
+def test_short_inputs_have_nothing_far():
+    q, k, v = draw(18, 18)
+    out, ran = dynamic_attention(q, k, v, SMALL)
+    torch.testing.assert_close(out, causal(q, k, v))
+    assert int(ran.shown) == ran.causal
+
+
+def test_flat_maps_need_summaries_only():
+    q, k, v = draw(600, 600, sharp=0.02)
+    settings = Dynamic(coverage=0.98, tile=32, block=16, near=16, shortest=0)
+    out, ran = dynamic_attention(q, k, v, settings)
+    assert int(ran.shown) / ran.causal < 0.2
+    exact = causal(q, k, v)
+    assert float((out - exact).norm() / exact.norm()) < 0.02
+
+
+def test_a_needle_is_kept_whoever_asks():
+    # Each of the last rows looks at one early key of its own; no row before does.
+    q, k, v = draw(512, 512, heads=2, groups=1, sharp=0.1)
+    places = torch.randperm(300)[: SMALL.last]
+    k[0, 0] /= 4
+    k[0, 0, places] = functional.normalize(torch.randn(SMALL.last, 16, dtype=k.dtype), dim=-1) * 8
+    q[0, :, -SMALL.last :] = k[0, 0, places] * 1.5
+    settings = Dynamic(coverage=0.98, tile=32, block=16, near=16, last=SMALL.last, shortest=0)
+    out, ran = dynamic_attention(q, k, v, settings)
+    exact = causal(q, k, v)
+    assert int(ran.shown) / ran.causal < 0.3
+    for row in range(-SMALL.last, 0):
+        assert float((out[0, :, row] - exact[0, :, row]).norm() / exact[0, :, row].norm()) < 0.05
+    # The test can fail: with summaries alone the keys are lost.
+    blind = Dynamic(coverage=1e-9, tile=32, block=16, near=16, shortest=0)
+    lost, _ = dynamic_attention(q, k, v, blind)
+    assert float((lost[..., -1, :] - exact[..., -1, :]).norm() / exact[..., -1, :].norm()) > 0.3
+
+
+def test_parts_change_nothing(monkeypatch):
+    q, k, v = draw(200, 200, batch=2)
+    whole, ran = dynamic_attention(q, k, v, SMALL)
+    monkeypatch.setattr(dynamic_module, "_CPU_CELLS", 1)
+    for impl in ("auto", "reference"):
+        out, again = dynamic_attention(q, k, v, SMALL, impl=impl)
+        torch.testing.assert_close(out, whole)
+        assert int(again.shown) == int(ran.shown)
+
+
+def test_chunks_that_end_with_tiles_equal_the_whole():
+    # With one last row, which is sampled anyway.
+    settings = Dynamic(**{**vars(SMALL), "last": 1})
+    q, k, v = draw(111, 111)
+    whole, _ = dynamic_attention(q, k, v, settings)
+    parts, at = [], 0
+    for end in (48, 64, 111):
+        out, _ = dynamic_attention(q[:, :, at:end], k[:, :, :end], v[:, :, :end], settings)
+        parts.append(out)
+        at = end
+    torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
+def test_later_tiles_never_change_earlier_ones():
+    q, k, v = draw(128, 128)
+    changed = [t.clone() for t in (q, k, v)]
+    for t in changed:
+        t[:, :, 70:] = torch.randn_like(t[:, :, 70:])
+    a, _ = dynamic_attention(q, k, v, SMALL)
+    b, _ = dynamic_attention(*changed, SMALL)
+    assert torch.equal(a[:, :, :64], b[:, :, :64])
+    assert not torch.allclose(a[:, :, 70:], b[:, :, 70:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["auto", "sdpa"])
+def test_narrow_floats(dtype, impl):
+    q, k, v = draw(150, 150, dtype=dtype)
+    settings = Dynamic(**{**vars(SMALL), "coverage": 1.0})
+    out, _ = dynamic_attention(q, k, v, settings, impl=impl)
+    assert out.dtype == dtype
+    torch.testing.assert_close(
+        out.double(),
+        causal(q.double(), k.double(), v.double()),
+        rtol=0,
+        atol=1e-5 if dtype == torch.float32 else 3e-2,
+    )
+
+
+def test_triton_runs_the_same_choice():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (t.to(device) for t in draw(70, 90, dtype=torch.float32))
+    settings = Dynamic(**{**vars(SMALL), "coverage": 0.6})
+    expected, ran = dynamic_attention(q, k, v, settings, impl="reference")
+    out, again = dynamic_attention(q, k, v, settings, impl="triton")
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+    assert int(again.shown) == int(ran.shown)
+
+
+def test_gradients_flow_through_the_shown_pairs():
+    q, k, v = (t.requires_grad_() for t in draw(40, 40))
+    out, ran = dynamic_attention(q, k, v, SMALL)
+    out.sum().backward()
+    assert ran.impl == "sdpa"
+    assert all(t.grad is not None and bool(t.grad.isfinite().all()) for t in (q, k, v))
+    with pytest.raises(ValueError, match="no_grad"):
+        dynamic_attention(q, k, v, SMALL, impl="cpu")
+
+
+def test_the_clock_runs_around_the_choice():
+    class Count:
+        entered = inside = 0
+
+        def __enter__(self):
+            self.entered += 1
+            self.inside += 1
+
+        def __exit__(self, *error):
+            self.inside -= 1
+
+    clock = Count()
+    dynamic_attention(*draw(100, 100), SMALL, clock=clock)
+    assert clock.entered >= 2
+    assert clock.inside == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"coverage": 0},
+        {"coverage": 1.5},
+        {"tile": 12, "stride": 8},
+        {"tile": 0},
+        {"block": 0},
+        {"stride": 0},
+        {"near": -1},
+        {"last": 0},
+        {"shortest": -1},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Dynamic(**wrong)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 4, 9, 8), (1, 3, 9, 8)),
+        ((1, 4, 9, 8), (1, 2, 8, 8)),
+        ((1, 4, 0, 8), (1, 2, 8, 8)),
+        ((4, 9, 8), (2, 9, 8)),
+    ],
+    ids=["heads", "more-rows-than-keys", "no-rows", "no-batch"],
+)
+def test_shapes_that_do_not_fit(shapes):
+    q, k = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=r"need q|no rows"):
+        dynamic_attention(q, k, k, SMALL)
