@@ -27,6 +27,8 @@ _HOMES = {
     "MaskPlan": "dynmask.dam",
     "accelerate": "dynmask.hf",
     "calibrate": "dynmask.hf",
+    "from_doge": "dynmask.dma",
+    "from_pretrained_dense": "dynmask.dma",
 }
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
         DmaModel,
         DynamicMaskAttention,
         LifetimeCache,
+        from_doge,
+        from_pretrained_dense,
     )
     from dynmask.hf import accelerate, calibrate
     from dynmask.masks import Blocks, Documents, Lifetimes, Padding, Stripes
@@ -59,6 +63,8 @@ __all__ = [
     "accelerate",
     "attention",
     "calibrate",
+    "from_doge",
+    "from_pretrained_dense",
     "supports",
 ]
 

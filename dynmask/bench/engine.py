@@ -44,9 +44,7 @@ class Engine:
         """Return dynmask's own functions with a named backend, never ``"auto"``."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Lifetimes, bias: Tensor) -> Tensor:
-            out = attention(q, k, v, mask, bias=bias, impl=impl)
-            assert isinstance(out, Tensor)
-            return out
+            return attention(q, k, v, mask, bias=bias, impl=impl)
 
         return cls(impl, _top, attend, _preparation(impl))
 

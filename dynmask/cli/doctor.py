@@ -95,7 +95,7 @@ def backends() -> Iterator[Finding]:
             yield Finding(f"backend {name}", None, f"not for masks on {device}: {reason}")
             continue
         try:
-            error = float((attention(q, k, v, mask, impl=name) - expected).abs().max())  # type: ignore[operator]
+            error = float((attention(q, k, v, mask, impl=name) - expected).abs().max())
         except Exception as broken:  # a compiler or a driver can raise anything
             yield Finding(f"backend {name}", False, f"breaks: {broken}")
         else:

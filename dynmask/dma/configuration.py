@@ -16,8 +16,8 @@ from dynmask.ops.attention import BACKENDS
 class DmaConfig(PreTrainedConfig):
     r"""Shape of a decoder whose attention is Dynamic Mask Attention (DMA).
 
-    Read when a layer runs, so ``model.config.keep = 512`` takes effect at the next call (a cache
-    keeps the number that it started with).
+    Read when a layer runs, so ``model.config.keep = 512`` takes effect, and is checked, at the next
+    call (a cache keeps the number that it started with). Nothing else is checked after the start.
 
     Args:
         vocab_size: Tokens in the vocabulary.

@@ -47,11 +47,19 @@ _COMMON = (
 
 
 def from_doge(model: PreTrainedModel | str | PathLike[str]) -> DmaForCausalLM:
-    """Turn a Doge model into a `DmaForCausalLM` that computes the same.
+    """Turn a Doge model into a `DmaForCausalLM`, of equal logits wherever no scores tie.
 
-    Its selection sees no later or padding token, as Doge's own with eager attention. Two rows
-    differ: a row of padding is 0 here and the mean of all tokens there, and among equal scores the
-    earlier key wins here, while Doge leaves it to ``topk``.
+    That is: the logits of Doge with eager attention in float32, within rounding, of all tokens but
+    padding (whose rows are 0 here and the mean of all tokens there), on inputs
+
+    * of at most ``keep_window_size`` tokens, where nothing is dropped, or
+    * longer ones where in no layer two keys of equal score compete for the last place of a row. Of
+      equal scores the earlier key wins here; Doge's ``topk`` may take any of them. In layer 0 a
+      score is a function of the token, so all occurrences of a token tie there, and on text that
+      repeats tokens the two may keep different ones. With ``A = 0`` all keys of a layer tie.
+
+    In float16 or bfloat16 Doge rounds the scores too, which makes more of them equal; here they are
+    float32.
 
     Args:
         model: A ``DogeForCausalLM``, the folder of a checkpoint, or its name on a hub (load the

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import (
 from dynmask.dma.cache import LifetimeCache
 from dynmask.dma.configuration import DmaConfig
 from dynmask.dma.score import ValueScore
-from dynmask.dma.selection import keep_of, select
+from dynmask.dma.selection import check_keep, keep_of, select
 from dynmask.dma.slots import Slots, read_slots
 from dynmask.masks import Lifetimes
 from dynmask.ops import attention
@@ -86,12 +86,14 @@ class DynamicMaskAttention(nn.Module):
 
         Args:
             hidden_states: ``[B, N, hidden_size]``.
-            attention_mask: ``[B, N]``, 1 for real tokens, 0 for padding on the left or the right;
-                with a cache ``[B, cached + N]``. None if all tokens are real. A row of padding
-                gives 0 (Wo's bias, if there is one).
+            attention_mask: ``[B, N]``, 1 for real tokens, 0 for padding, wherever it is; with a
+                cache ``[B, cached + N]``. None if all tokens are real. A row of padding before the
+                first real token or behind the last gives 0 (Wo's bias, if there is one). With
+                documents the real tokens of a row must be one run.
             position_ids: ``[B or 1, N]``, for RoPE. None counts each row's real tokens from 0, anew
-                in each document. Without a cache, ids that do not go on from one real token to the
-                next start a new document.
+                in each document. Ids that do not go on from one real token to the next start a new
+                document. With a cache that is an error on the CPU; on other devices nobody looks,
+                since that would wait for the device, and tokens see all that came before.
             documents: ``[B or 1, N]`` integers that never fall along a row, the document of each
                 token: tokens attend within theirs. None leaves it to the position ids.
             past_key_values: A `LifetimeCache`, to which the tokens are added.
@@ -102,10 +104,13 @@ class DynamicMaskAttention(nn.Module):
             ``[B, N, hidden_size]``.
 
         Raises:
-            ValueError: If shapes do not fit, the cache is another, or documents come with a cache.
+            ValueError: If shapes do not fit, the cache is another, documents come with a cache, or
+                the configuration's ``keep`` was set to what is no rule.
         """
         cache = lifetime_cache(past_key_values)
         if slots is None:
+            # Assigned since the configuration was made? A model around has asked for all layers.
+            check_keep(self.config.keep, self.config.num_hidden_layers)
             slots = read_slots(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -124,7 +129,6 @@ class DynamicMaskAttention(nn.Module):
         score = self.score(v)
         k, v, score, mask = self._select(k, v, score, slots, cache)
         out = attention(q, k, v, mask, bias=score, impl=self.config.impl)
-        assert isinstance(out, Tensor)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _select(
@@ -134,13 +138,7 @@ class DynamicMaskAttention(nn.Module):
         config = self.config
         keep = keep_of(config.keep, self.layer_idx, k.shape[2])
         if cache is None:
-            mask = select(
-                score,
-                keep=keep,
-                threshold=config.threshold,
-                padding=None if slots.real is None else slots.padding,
-                documents=slots.documents,
-            )
+            mask = select(score, keep=keep, threshold=config.threshold, slots=slots)
             return k, v, score, mask
         if isinstance(config.keep, float) and cache.get_seq_length(self.layer_idx) > 0:
             held: Any = cache.layers[self.layer_idx]

@@ -20,6 +20,7 @@ from dynmask.dma.cache import LifetimeCache
 from dynmask.dma.configuration import DmaConfig
 from dynmask.dma.layer import DynamicMaskAttention, lifetime_cache
 from dynmask.dma.score import ValueScore
+from dynmask.dma.selection import check_keep
 from dynmask.dma.slots import Slots, read_slots
 
 _HARMLESS = frozenset(
@@ -135,11 +136,14 @@ class DmaModel(DmaPreTrainedModel):
 
         Args:
             input_ids: ``[B, N]`` tokens, or give ``inputs_embeds``.
-            attention_mask: ``[B, N]``, 1 for real tokens, 0 for padding on the left or the right;
-                with a cache ``[B, cached + N]``. None if all tokens are real.
+            attention_mask: ``[B, N]``, 1 for real tokens, 0 for padding, wherever it is; with a
+                cache ``[B, cached + N]``. None if all tokens are real. With documents the real
+                tokens of a row must be one run.
             position_ids: ``[B or 1, N]``. None counts each row's real tokens from 0, anew in each
-                document. Without a cache, ids that do not go on from one real token to the next
-                start a new document (`transformers.DataCollatorWithFlattening`).
+                document. Ids that do not go on from one real token to the next start a new document
+                (`transformers.DataCollatorWithFlattening`). With ``past_key_values`` that is an
+                error on the CPU; on other devices nobody looks, since that would wait for the
+                device, and tokens see all that came before.
             past_key_values: A `LifetimeCache`, to which the tokens are added.
             inputs_embeds: ``[B, N, hidden_size]`` in place of tokens.
             use_cache: Whether to make a cache if none is given; the configuration's word by
@@ -152,9 +156,10 @@ class DmaModel(DmaPreTrainedModel):
             ``last_hidden_state`` ``[B, N, hidden_size]``, ``past_key_values``, ``hidden_states``.
 
         Raises:
-            ValueError: If shapes do not fit, the cache is another, documents come with a cache, or
-                an argument is not known.
+            ValueError: If shapes do not fit, the cache is another, documents come with a cache, an
+                argument is not known, or the configuration's ``keep`` was set to what is no rule.
         """
+        check_keep(self.config.keep, self.config.num_hidden_layers)
         _check_kwargs(kwargs, tells_documents=documents is not None or position_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -188,7 +193,7 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
     """The decoder with a language modeling head.
 
     ``generate`` uses a `LifetimeCache`, whose size does not grow with the text where ``keep`` is a
-    number.
+    number. With a share as ``keep`` it refuses ``prefill_chunk_size``.
 
     Args:
         config: Shape and options.
@@ -277,8 +282,15 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
                 f'cache_implementation="{kind}" has no place for the scores of the keys: leave it '
                 "out, or pass past_key_values=dynmask.dma.LifetimeCache()"
             )
-        if model_kwargs.get("past_key_values") is not None:
-            lifetime_cache(model_kwargs["past_key_values"])
+        given = lifetime_cache(model_kwargs.get("past_key_values"))
+        fresh = given is None or given.get_seq_length() == 0
+        chunked = generation_config.prefill_chunk_size is not None
+        if fresh and chunked and isinstance(self.config.keep, float):
+            raise ValueError(
+                f"keep={self.config.keep} is a share of the prompt's length, which its first chunk "
+                "does not know: leave prefill_chunk_size out, or set config.keep to a number"
+            )
+        if given is not None:
             parent: Any = super()
             parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:

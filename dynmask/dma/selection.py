@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynmask.masks import Documents, Lifetimes, Padding
+from dynmask.dma.slots import Slots
+from dynmask.masks import Lifetimes
+from dynmask.ops.bounded_rules import admitted, ending_with
+from dynmask.ops.bounded_rules import select as top_of_shown
 
 Keep = int | float | Sequence[int | None] | None
 """How many keys a row keeps: see `keep_of`."""
@@ -55,13 +58,21 @@ def keep_of(keep: Keep, layer_idx: int, length: int) -> int | None:
         keep: A number of keys for all layers; a list with one number (or None) a layer; a share
             of ``length`` between 0 and 1, rounded up; None for all keys. With a share, what a row
             keeps depends on the length of the whole input, later tokens and padding included.
+            Taken to be what `check_keep` lets pass.
         layer_idx: Number of the layer, from 0.
         length: Tokens at hand, used by a share only.
 
     Returns:
         ``w``, at least 1, or None for all keys.
+
+    Raises:
+        ValueError: If a list has no entry for this layer.
     """
     if isinstance(keep, Sequence):
+        if layer_idx >= len(keep):
+            raise ValueError(
+                f"keep has {len(keep)} entries, none for layer_idx={layer_idx}: give one a layer"
+            )
         keep = keep[layer_idx]
     if isinstance(keep, float):
         # 0.07 * 100 is a little over 7 in binary.
@@ -74,8 +85,7 @@ def select(
     *,
     keep: int | None,
     threshold: float | None = None,
-    padding: Padding | None = None,
-    documents: Documents | None = None,
+    slots: Slots | None = None,
 ) -> Lifetimes:
     """Return the keys that every row keeps: the ``keep`` best it may see, of those not too low.
 
@@ -87,19 +97,25 @@ def select(
         keep: ``w``, at least 1; None keeps all.
         threshold: Keys with a lower score (or NaN) are never admitted, so a row may see fewer than
             ``keep`` keys, or none: its output is then 0. None admits all.
-        padding: Which key slots hold real tokens; None means all.
-        documents: The document of each slot; a row selects within its own.
+        slots: Which of the ``K`` slots hold real tokens, and their documents: a row selects within
+            its own. None for real tokens of one document.
 
     Returns:
-        The mask ``[B, G, K]``.
+        The mask ``[B, G, K]``. Rows before the first real token, or behind the last, see nothing.
 
     Raises:
-        ValueError: If shapes do not fit together.
+        ValueError: If shapes do not fit together, or with documents the real tokens of a row are
+            not one run.
     """
     score = score.detach().float()
     count = score.shape[-1]
     keep = max(count, 1) if keep is None else keep
-    mask = Lifetimes.top(score, keep=keep, padding=padding, documents=documents)
+    real = None if slots is None else slots.real
+    if slots is None or slots.documents is None:
+        mask = top_of_shown(score, keep, admitted(score, real, threshold))
+        return ending_with(real, mask, 0)
+    padding = None if real is None else slots.padding
+    mask = Lifetimes.top(score, keep=keep, padding=padding, documents=slots.documents)
     if threshold is None:
         return mask
     # A key below the threshold evicts none above it, so hiding it afterwards is the same.

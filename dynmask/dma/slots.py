@@ -49,20 +49,19 @@ def read_slots(
 ) -> Slots:
     """Read the slots from a model's arguments.
 
-    Without a cache, position ids that do not go on from one real token to the next start a new
-    document, as in what transformers' ``DataCollatorWithFlattening`` makes.
+    Position ids that do not go on from one real token to the next start a new document, as in what
+    transformers' ``DataCollatorWithFlattening`` makes. With a cache that is an error, like
+    ``documents``, but seen on the CPU only: elsewhere looking would wait for the device.
 
     Args:
         embeds: ``[B, N, width]``, for its shape and device.
-        attention_mask: ``[B, past + N]``, 1 where a slot holds a real token; the real tokens of a
-            row are one run. None if all are real.
+        attention_mask: ``[B, past + N]``, 1 where a slot holds a real token. None if all are real.
         position_ids: ``[B or 1, N]``. None counts each row's (each document's) tokens from 0.
         documents: ``[B or 1, N]`` integers that never fall along a row.
         past: Tokens that the cache has seen; None without a cache.
 
     Raises:
-        ValueError: If a shape does not fit, real tokens are not one run, ids fall, or documents
-            come with a cache.
+        ValueError: If a shape does not fit, ids fall, or documents come with a cache.
     """
     batch, length = embeds.shape[:2]
     device = embeds.device
@@ -75,14 +74,15 @@ def read_slots(
         position_ids = position_ids.to(device)
     if documents is not None:
         _check_shape("documents", documents, (1, batch), length)
-        if past is not None:
-            raise ValueError(
-                "documents cannot be told apart in a cache: pass use_cache=False, or one document "
-                "a row"
-            )
         documents = documents.to(device)
-    elif position_ids is not None and past is None:
-        documents = _restarts(position_ids, attention_mask)
+    elif position_ids is not None and (past is None or _can_look(length, device)):
+        new = None if attention_mask is None else attention_mask[:, -length:]
+        documents = _restarts(position_ids, new)
+    if documents is not None and past is not None:
+        raise ValueError(
+            "documents, given as such or by position_ids that do not go on, cannot be told apart "
+            "in a cache: pass use_cache=False and no past_key_values, or one document a row"
+        )
     if position_ids is None:
         position_ids = _positions(attention_mask, documents, seen, length, device)
     return Slots(
@@ -100,14 +100,24 @@ def _check_shape(name: str, given: Tensor, rows: tuple[int, ...], length: int) -
         )
 
 
+def _can_look(length: int, device: torch.device) -> bool:
+    """Return whether numbers of a step with a cache can be read without waiting for the device."""
+    return length > 1 and device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _restarts(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """Return ``[B or 1, N]`` the documents that position ids tell apart; None if there are none."""
     if attention_mask is None:
         return find_packed_sequence_indices(position_ids)
-    # Padding has positions of no meaning: only a step between two real tokens counts.
+    # Padding has positions of no meaning: each real token is compared with the real one before,
+    # and whether positions count the padding between them is left open.
     real = attention_mask != 0
-    step = torch.zeros_like(attention_mask, dtype=torch.bool)
-    step[:, 1:] = (position_ids.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]
+    slot = torch.arange(real.shape[1], device=real.device)
+    before = torch.where(real, slot, -1).cummax(-1).values[:, :-1]
+    positions = position_ids.expand(real.shape)
+    rise = positions[:, 1:] - positions.gather(1, before.clamp_min(0))
+    step = torch.zeros_like(real)
+    step[:, 1:] = real[:, 1:] & (before >= 0) & ((rise < 1) | (rise > slot[1:] - before))
     return step.cumsum(-1) if torch.compiler.is_compiling() or bool(step.any()) else None
 
 

@@ -310,7 +310,6 @@ def dynmask_attention(
         impl = choose(query, key, value, mask)
     out = attention(query, key, value, mask, scale=scaling, impl=impl)
     attached.tally.add(kind, impl, attached.layer.index, _shape(kind, slots, query))
-    assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
 
 

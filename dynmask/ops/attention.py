@@ -6,6 +6,7 @@ import importlib
 import math
 import sys
 from types import ModuleType
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +23,48 @@ BACKENDS = {
     "reference": "dynmask.ops.reference",
 }
 """Where each backend lives; imported when it is first asked for, since triton is heavy."""
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention(

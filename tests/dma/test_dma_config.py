@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from dma_models import config
+from dma_models import config, hidden, make_layer, make_model, random_ids
 from transformers import AutoConfig
 
-from dynmask.dma import DmaConfig, DmaForCausalLM
+from dynmask.dma import DmaConfig, DmaForCausalLM, DynamicMaskAttention, LifetimeCache
 from dynmask.dma.selection import keep_of, select
 from dynmask.masks import Lifetimes
 
@@ -90,6 +92,39 @@ def test_number_kept():
     assert [keep_of(0.07, 0, n) for n in (1, 10, 99, 100, 101)] == [1, 1, 7, 7, 8]
     assert [keep_of([3, None], i, 50) for i in (0, 1)] == [3, None]
     assert keep_of(9, 0, 5) == 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (2.0, "keep=2.0 is a share and must lie between 0 and 1: pass an integer"),
+        (True, "keep=True must be an integer"),
+        ([0.5, 3, 3], "keep by layer must hold integers or None, got 0.5"),
+        ([8], "keep has 1 entries for 3 layers: give one a layer"),
+        ("a", "keep='a' must be an integer"),
+        (0, "keep=0 must be at least 1"),
+    ],
+    ids=["share", "bool", "share-by-layer", "short-list", "word", "zero"],
+)
+def test_what_is_assigned_later_is_checked_at_the_next_call(keep, message):
+    model, layer = make_model(), make_layer()
+    cache = LifetimeCache()
+    model(random_ids(1, 9), past_key_values=cache)
+    model.config.keep = layer.config.keep = keep
+    for options in ({"use_cache": False}, {"past_key_values": cache}):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model(random_ids(1, 9), **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(hidden(1, 9))
+    model.config.keep = 7
+    model(random_ids(1, 9), past_key_values=cache)  # Refused before any layer took tokens in.
+
+
+def test_a_layer_beyond_the_list_is_named():
+    layer = DynamicMaskAttention(config(keep=[3, 4, 5]), layer_idx=3)
+    with pytest.raises(ValueError, match="keep has 3 entries, none for layer_idx=3"):
+        layer(hidden(1, 9))
 
 
 def test_a_threshold_ranks_only_what_it_admits():

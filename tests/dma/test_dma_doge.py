@@ -67,6 +67,12 @@ def test_prefill_with_equal_scores(stable_topk):
 
 
 @torch.no_grad()
+def test_up_to_the_window_equal_scores_do_not_matter():
+    doge, ids = make_doge(), random_ids(2, KEEP) % 3 + 3
+    torch.testing.assert_close(from_doge(doge)(ids).logits, doge(ids).logits, **CLOSE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("with_padding", [False, True], ids=["whole", "left-padded"])
 def test_token_by_token(with_padding):
     doge = make_doge()

@@ -56,7 +56,7 @@ def test_left_padded_batch(rule):
         ids[row, 30 - len(text) :], mask[row, 30 - len(text) :] = text, 1
     expected = torch.stack([greedy(model, text) for text in texts])
     assert torch.equal(generate(model, ids, mask), expected)
-
+    assert torch.equal(generate(model, ids, mask, prefill_chunk_size=7), expected)
     assert torch.equal(generate(model, ids, mask, use_cache=False), expected)
 
 
@@ -114,6 +114,19 @@ def test_memory_does_not_grow():
 def test_a_share_of_the_length_is_that_of_the_first_call():
     shared, ids = make_model(keep=0.25), random_ids(2, 33)
     assert torch.equal(generate(shared, ids), generate(make_model(keep=9), ids))
+
+
+def test_a_share_of_the_length_is_not_that_of_a_chunk():
+    model, ids = make_model(keep=0.25), random_ids(2, 33)
+    for options in ({}, {"past_key_values": LifetimeCache()}):
+        with pytest.raises(ValueError, match=r"keep=0.25 is a share .* leave prefill_chunk_size"):
+            generate(model, ids, prefill_chunk_size=8, **options)
+    caches = [LifetimeCache(), LifetimeCache()]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+    chunked = generate(model, ids, past_key_values=caches[0], prefill_chunk_size=8)
+    assert torch.equal(chunked, generate(model, ids, past_key_values=caches[1]))
 
 
 @torch.no_grad()

@@ -130,6 +130,70 @@ def test_padding_changes_nothing(changes, use_cache):
         close(out[1:2], logits(model, padded[1:2]))
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"threshold": 0.9}, {"keep": [3, None, 40]}], ids=str)
+def test_padding_between_tokens_changes_nothing(changes, use_cache):
+    model, ids = make_model(**changes), random_ids(2, 33)
+    mask = torch.ones_like(ids)
+    mask[0, [0, 4, 5, 6, 20, 32]] = 0
+    real = mask[0].bool()
+    for positions in (None, mask.cumsum(-1) - 1):
+        given = {"attention_mask": mask, "position_ids": positions}
+        out = logits(model, ids, use_cache=use_cache, **given)
+        close(out[:1, real], logits(model, ids[:1, real]))
+        close(out[1:], logits(model, ids[1:]))
+
+
+HOLE = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1]])
+each_restart = pytest.mark.parametrize(
+    ("positions", "mask", "restarts"),
+    [
+        ([0, 1, 2, 3, 0, 1, 2, 3], None, True),
+        ([0, 1, 2, 3, 9, 10, 11, 12], None, True),
+        ([5, 6, 7, 8, 9, 10, 11, 12], None, False),
+        ([1, 0, 1, 2, 1, 1, 0, 1], HOLE, True),
+        ([1, 0, 1, 2, 1, 1, 9, 10], HOLE, True),
+        ([1, 0, 1, 2, 1, 1, 3, 4], HOLE, False),
+        ([0, 1, 2, 3, 4, 5, 6, 7], HOLE, False),
+        ([0, 1, 2, 3, 0, 1, 2, 3], HOLE.new_tensor([[1, 1, 1, 1, 0, 0, 0, 0]]), False),
+    ],
+    ids=[
+        "packed",
+        "jump",
+        "on",
+        "hole-packed",
+        "hole-jump",
+        "hole-counted",
+        "hole-slots",
+        "padding",
+    ],
+)
+
+
+@torch.no_grad()
+@each_restart
+def test_positions_that_start_again_are_refused_with_a_cache(positions, mask, restarts):
+    model, ids, cache = make_model(), random_ids(1, 8), LifetimeCache()
+    model(ids[:, :3], past_key_values=cache)
+    given = {"position_ids": torch.tensor([positions]), "past_key_values": cache}
+    if mask is not None:
+        given["attention_mask"] = torch.cat([torch.ones_like(mask[:, :3]), mask], 1)
+    if restarts:
+        with pytest.raises(ValueError, match=r"position_ids that do not go on, .* use_cache=False"):
+            model(ids, **given)
+    else:
+        model(ids, **given)
+    assert cache.get_seq_length() == (3 if restarts else 11)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_documents_need_their_tokens_together(use_cache):
+    positions = torch.tensor([[1, 0, 1, 2, 1, 1, 0, 1]])
+    given = {"attention_mask": HOLE, "position_ids": positions, "use_cache": use_cache}
+    with pytest.raises(ValueError, match="several runs"):
+        logits(make_model(), random_ids(1, 8), **given)
+
+
 @pytest.mark.parametrize("keep", [5, [5, None, 3]])
 def test_future_tokens_never_change_the_past(keep):
     model, ids = make_model(keep=keep), random_ids(2, 40)

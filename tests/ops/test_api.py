@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
@@ -52,6 +53,15 @@ GOOD = zeros(1, 4, 8, 16)
 def test_mistakes_are_named(q, k, v, more, match):
     with pytest.raises(ValueError, match=match):
         attention(q, k, v, **more)
+
+
+def test_types_tell_whether_there_is_a_log_sum_exp():
+    hints = [typing.get_type_hints(one) for one in typing.get_overloads(attention)]
+    assert {hint["return_lse"]: hint["return"] for hint in hints} == {
+        typing.Literal[False]: torch.Tensor,
+        typing.Literal[True]: tuple[torch.Tensor, torch.Tensor],
+        bool: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    }
 
 
 def test_no_rows_give_no_rows():
