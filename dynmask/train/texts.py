@@ -108,7 +108,7 @@ class Table:
             ValueError: there is no such dataset, split or column.
         """
         try:
-            import datasets  # type: ignore[import-untyped]
+            import datasets
         except ImportError as error:
             raise ImportError(
                 "data: type dataset needs datasets, which is not installed: pip install datasets"

@@ -3,6 +3,7 @@ import json
 import lzma
 
 import numpy as np
+import datasets
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -40,7 +41,6 @@ def test_wrong_row_is_named(tmp_path, row):
 
 
 def test_table_of_a_dataset(tmp_path):
-    datasets = pytest.importorskip("datasets")
     rows = {"text": ["one", "two"], "number": [1, 2]}
     split = datasets.Dataset.from_dict(rows)
     datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "saved")
