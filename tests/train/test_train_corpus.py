@@ -2,8 +2,8 @@ import copy
 import json
 import lzma
 
-import numpy as np
 import datasets
+import numpy as np
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
