@@ -33,14 +33,15 @@ class Dynamic:
 
     where :math:`A_{iJ}` is the weight that the summary gives to each of its keys. A tile keeps the
     blocks of largest ``r``, as few as leave ``sum of r <= (1 - coverage)^2`` to the others. So 0.98
-    leaves the sampled attention rows a root mean square distance of 0.02 from the exact ones.
+    leaves the sampled attention rows a root mean square distance of 0.02 from the exact ones. Rows
+    between them have no such bound: one that looks hard at a block of its own may miss it.
 
     Positions count from the sequence's own first token. A tile's rows choose together: which blocks
     a row sees one by one may depend on later rows of its tile (never on later tiles), and on
     whether the call ends there. Its keys and values are those up to itself, always.
 
     Args:
-        coverage: In (0, 1]: 1 less the distance allowed; 1 keeps every block, up to rounding.
+        coverage: In (0, 1]: 1 less the distance allowed; 1 keeps every block.
         tile: Query rows that share one choice; a multiple of ``stride``.
         block: Keys of a block.
         near: Keys before the tile's first row that are always seen one by one.
@@ -65,8 +66,11 @@ class Dynamic:
     shortest: int = 1024
 
     def __post_init__(self) -> None:
-        if not 0 < self.coverage <= 1:
-            raise ValueError(f"coverage={self.coverage} must be above 0 and at most 1")
+        if not isinstance(self.coverage, int | float) or not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage={self.coverage!r} must be a number above 0 and at most 1")
+        for name in ("tile", "block", "near", "stride", "last", "shortest"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer")
         for name in ("tile", "block", "stride", "last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -157,7 +161,9 @@ def dynamic_attention(
             pairs, ran = choice.gathered_pairs(first, last), "cpu"
         else:
             out, ran = _attend(part, keys, choice, last, scale, impl, clock)
-            pairs = choice.shown_pairs(first, last)
+            # Dense kernels evaluate every pair, whatever the mask shows.
+            every = k.shape[0] * k.shape[1] * (last * (last + 1) - first * (first + 1)) // 2
+            pairs = choice.shown_pairs(first, last) if ran == "triton" else torch.tensor(every)
         computed += pairs * (q.shape[1] // k.shape[1])
         outs.append(out)
     causal = q.shape[0] * q.shape[1] * (k_len * (k_len + 1) - begin * (begin + 1)) // 2

@@ -173,6 +173,10 @@ def select(
     score = (of_tile @ mean).clamp_min_(0)
     score, order = score.sort(-1, descending=True)
     left = score.flip(-1).cumsum(-1).flip(-1)
-    kept = torch.zeros(score.shape, dtype=torch.bool, device=q.device)
-    kept.scatter_(-1, order, left > (1 - settings.coverage) ** 2)
+    if settings.coverage == 1:
+        # A cost that rounds to 0 is one for the rows that were sampled only.
+        kept = torch.ones(score.shape, dtype=torch.bool, device=q.device)
+    else:
+        kept = torch.zeros(score.shape, dtype=torch.bool, device=q.device)
+        kept.scatter_(-1, order, left > (1 - settings.coverage) ** 2)
     return Choice(kept & is_far, far, top, settings.tile, settings.block, settings.near)

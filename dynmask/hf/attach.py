@@ -99,6 +99,8 @@ class Run:
     ):
         if impl != "auto" and impl not in BACKENDS:
             raise ValueError(f"impl={impl!r} is unknown; use one of {['auto', *BACKENDS]}")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a loaded model, got {type(model).__name__}")
         compat.refuse_attached(model)
         layers = compat.attention_layers(model)
         if plan is not None:
@@ -125,6 +127,8 @@ class Run:
             setattr(attached.layer.module, compat.ATTACHED, attached)
 
     def __enter__(self) -> Run:
+        if self._switch is None:
+            raise ValueError("this run is closed: call accelerate again")
         return self
 
     def __exit__(
@@ -216,6 +220,12 @@ class _Attached:
         self.striped = stripes is not None and not bool(stripes.full_heads.all())
         self.sparse = self.striped or self.policy is not None
         self._on_device: dict[torch.device, Stripes] = {}
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Refuse to be copied or pickled: a copy would report to this run and end with nobody."""
+        raise ValueError(
+            "the model is inside accelerate(): copy or pickle it before the with block or after it"
+        )
 
     def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
         """Return the stripes over this call's padding, on its device."""

@@ -203,6 +203,10 @@ def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 prefixes.add(prefix)
                 break
     if len(prefixes) != 1:
+        if getattr(getattr(model, "config", None), "model_type", None) == "dma":
+            raise ValueError(
+                "this is a DMA model, which selects its keys by itself: use it without accelerate"
+            )
         classes = sorted({type(m).__name__ for m in model.modules() if "ttention" in _kind(m)})
         raise ValueError(
             f"{type(model).__name__} has no attention layer that dynmask knows (attention classes "

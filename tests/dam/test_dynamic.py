@@ -115,6 +115,24 @@ def test_equals_the_definition(q_len, k_len, changes, impl):
     assert ran.impl == ("cpu" if impl == "auto" else impl)
 
 
+def test_full_coverage_keeps_blocks_that_cost_the_sampled_rows_nothing():
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 1, 2048, 32, generator=g)
+    # Every row looks at one key alone.
+    q = 40 * k[:, :, torch.randint(0, 1000, (2048,), generator=g)]
+    out, ran = dynamic_attention(q, k, v, Dynamic(coverage=1.0))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert int(ran.shown) == ran.causal
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_dense_kernels_evaluate_every_pair(impl):
+    q, k, v = draw(100, 100)
+    _, ran = dynamic_attention(q, k, v, SMALL, impl=impl)
+    assert int(ran.shown) < int(ran.computed) == ran.causal
+
+
 def test_some_blocks_are_kept_and_some_are_not():
     q, k, v = draw(100, 100)
     _, ran = dynamic_attention(q, k, v, SMALL)
@@ -261,6 +279,8 @@ def test_the_clock_runs_around_the_choice():
     [
         {"coverage": 0},
         {"coverage": 1.5},
+        {"coverage": "0.9"},
+        {"block": 2.5},
         {"tile": 12, "stride": 8},
         {"tile": 0},
         {"block": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -247,3 +248,22 @@ def test_dense_mode_without_a_plan_is_the_model():
     with accelerate(model, mode="dense") as run:
         torch.testing.assert_close(logits(model, ids), expected, **CLOSE)
     assert run.stats()["impl"]["prefill"] == {"transformers sdpa": 3}
+
+
+def test_an_accelerated_model_is_not_copied():
+    model = make_model("llama")
+    with accelerate(model, dynamic=SMALL), pytest.raises(ValueError, match="before the with block"):
+        copy.deepcopy(model)
+    assert logits(copy.deepcopy(model), random_ids(1, 9)).isfinite().all()
+
+
+def test_a_closed_run_is_not_entered_again():
+    run = accelerate(make_model("llama"), dynamic=SMALL)
+    run.close()
+    with pytest.raises(ValueError, match="call accelerate again"), run:
+        pass
+
+
+def test_what_is_no_model_for_it_is_named():
+    with pytest.raises(ValueError, match="loaded model, got str"):
+        accelerate("gpt2")
