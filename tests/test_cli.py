@@ -155,6 +155,14 @@ def test_inspect_shows_every_layer_in_80_columns(capsys, monkeypatch, plan):
     [
         pytest.param(["longeval", "--lines", "8", "--n", "2", "--questions", "2"], id="longeval"),
         pytest.param(["needle", "--length", "900", "--n", "2", "--needles", "2"], id="needle"),
+        pytest.param(
+            ["recall", "--lines", "8", "--n", "2", "--questions", "2", "--filler", "70"],
+            id="recall-lines",
+        ),
+        pytest.param(
+            ["recall", "--kind", "ruler", "--length", "2600", "--n", "2", "--filler", "70"],
+            id="recall-ruler",
+        ),
         pytest.param(["perplexity", "--length", "128", "--windows", "2"], id="perplexity"),
     ],
 )
@@ -464,6 +472,7 @@ def test_demo_writes_plan_results_and_report(capsys, monkeypatch, tmp_path):
         lines=6,
         line_questions=2,
         questions_per_record=2,
+        recall_questions=2,
         needle_length=700,
         needle_questions=2,
         needles=2,
@@ -478,7 +487,7 @@ def test_demo_writes_plan_results_and_report(capsys, monkeypatch, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["plan", "report.html", "results.json"]
     results = Results.load(out / "results.json")
     assert [row["task"] for row in document["quality"]] == [row.task for row in results.quality]
-    assert len(results.quality) == 3 * len(demo.MODES)
+    assert len(results.quality) == 4 * len(demo.MODES)
     assert len(results.speed) == 2 * len(demo.MODES)
     assert {row.mode for row in results.quality} == set(demo.MODES)
     plan = MaskPlan.load(out / "plan")

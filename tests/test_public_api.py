@@ -33,7 +33,7 @@ PUBLIC = {
         TEXTS load_model load_texts load_tokenizer model_folder
     """,
     "dynmask.eval": """
-        Part Result TABLE_HEAD is_eval_word longeval needle perplexity wilson
+        Part Result TABLE_HEAD is_eval_word longeval needle perplexity recall wilson
     """,
 }
 each_module = pytest.mark.parametrize("name", PUBLIC)

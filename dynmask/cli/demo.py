@@ -15,7 +15,7 @@ from dynmask.cli.console import Output
 from dynmask.cli.inputs import EMBEDDED, Loaded, check_writable, load, write_text
 from dynmask.cli.tables import print_results
 from dynmask.dam import MaskPlan, Settings
-from dynmask.eval import Result, longeval, needle, perplexity
+from dynmask.eval import Result, longeval, needle, perplexity, recall
 from dynmask.eval.runner import encode_prefix
 from dynmask.report import QualityRow, Results, SpeedRow, build_page
 from dynmask.report.machine import machine, versions
@@ -34,6 +34,7 @@ class DemoSizes:
         lines: Lines of a LongEval record.
         line_questions: LongEval questions in all.
         questions_per_record: LongEval questions that share a prefill.
+        recall_questions: Questions inside a record's prompt, in all.
         needle_length: Tokens of a haystack.
         needle_questions: Needle questions in all.
         needles: Needles of a haystack, which share a prefill.
@@ -49,6 +50,7 @@ class DemoSizes:
     lines: int = 200
     line_questions: int = 40
     questions_per_record: int = 20
+    recall_questions: int = 60
     needle_length: int = 8192
     needle_questions: int = 20
     needles: int = 10
@@ -65,6 +67,7 @@ QUICK = DemoSizes(
     lines=50,
     line_questions=10,
     questions_per_record=10,
+    recall_questions=10,
     needle_length=2048,
     needle_questions=5,
     needles=5,
@@ -101,7 +104,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output=output,
     )
     plan = MaskPlan.load(folder / "plan")
-    output.say("2  LongEval lines, needles and perplexity: full, static, dynamic, gated")
+    output.say("2  LongEval, recall, needles, perplexity: full, static, dynamic, gated")
     quality = []
     for mode in MODES:
         with output.progress(mode) as progress:
@@ -138,7 +141,7 @@ def measure_quality(
     sizes: DemoSizes,
     progress: Progress | None = None,
 ) -> list[QualityRow]:
-    """Run the three tasks in one mode.
+    """Run the four tasks in one mode.
 
     Args:
         loaded: The model; it is as before afterwards.
@@ -159,6 +162,18 @@ def measure_quality(
             lines=sizes.lines,
             n=sizes.line_questions,
             questions=sizes.questions_per_record,
+            seed=sizes.seed,
+            progress=progress,
+        )
+
+    def inside() -> Result:
+        return recall(
+            model,
+            tokenizer,
+            load_texts("haystack"),
+            lines=sizes.lines,
+            n=sizes.recall_questions,
+            questions=min(10, sizes.lines),
             seed=sizes.seed,
             progress=progress,
         )
@@ -186,7 +201,7 @@ def measure_quality(
         )
 
     rows = []
-    for task in (lines, needles, windows):
+    for task in (lines, inside, needles, windows):
         with running(model, plan, mode) as active:
             result = task()
             rows.append(quality_row(result, mode, Cost.of(model, active)))

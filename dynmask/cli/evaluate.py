@@ -34,6 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needle.add_argument("--form", choices=["minference", "ruler"], default="minference")
     _add_texts(needle)
 
+    recall = _task(tasks, "recall", "find numbers from questions in the middle of a prompt")
+    recall.add_argument("--kind", choices=["lines", "minference", "ruler"], default="lines")
+    recall.add_argument("--lines", type=int, default=200, help="lines of a record; default 200")
+    recall.add_argument(
+        "--length", type=int, default=8192, help="tokens of a prompt with a haystack; default 8192"
+    )
+    recall.add_argument("--n", type=int, default=50, help="questions in all; default 50")
+    recall.add_argument(
+        "--questions", type=int, default=10, help="questions in a prompt; default 10"
+    )
+    recall.add_argument("--seed", type=int, default=0, help="default 0")
+    recall.add_argument(
+        "--filler", type=int, default=512, help="tokens after the last answer; default 512"
+    )
+    _add_texts(recall)
+
     perplexity = _task(tasks, "perplexity", "perplexity of windows of text")
     perplexity.add_argument(
         "--length", type=int, default=8192, help="tokens of a window; default 8192"
@@ -144,6 +160,20 @@ def _evaluate(arguments: argparse.Namespace, loaded: Loaded, progress: Report) -
             needles=arguments.needles,
             seed=arguments.seed,
             form=arguments.form,
+            progress=progress,
+        )
+    if arguments.task == "recall":
+        return tasks.recall(
+            model,
+            tokenizer,
+            _texts(arguments, "haystack"),
+            kind=arguments.kind,
+            lines=arguments.lines,
+            length=arguments.length,
+            n=arguments.n,
+            questions=arguments.questions,
+            seed=arguments.seed,
+            filler=arguments.filler,
             progress=progress,
         )
     return tasks.perplexity(

@@ -27,7 +27,8 @@ class Dynamic:
     Query rows run in tiles, keys are counted in blocks. A tile sees one by one all keys since
     ``near`` tokens before it. Each older block it sees either key by key, or as one *summary*: the
     mean of its keys and the mean of its values, with the weight of ``block`` keys. Of every
-    ``stride`` rows one is sampled: its exact softmax ``P`` says what summaries would cost,
+    ``stride`` rows one is sampled, and the first of each tile, which may go on with what the tile
+    before looked at. Their exact softmax ``P`` says what summaries would cost,
 
     .. math:: r_J = \operatorname{mean}_{rows, heads} \sum_{j \in J} (P_{ij} - A_{iJ})^2
 
@@ -45,7 +46,7 @@ class Dynamic:
         tile: Query rows that share one choice; a multiple of ``stride``.
         block: Keys of a block.
         near: Keys before the tile's first row that are always seen one by one.
-        stride: One row of so many is sampled, the last one.
+        stride: One row of so many is sampled, the last one, besides the first of each tile.
         last: So many rows at the end of a call are sampled all: a question is asked there.
         shortest: Calls with fewer keys than this run dense, and so do calls of ``last`` rows or
             less, decode included: every row of theirs would be sampled.

@@ -106,11 +106,11 @@ def far_blocks(settings: Dynamic, top: int, tiles: int, device: torch.device) ->
 def sampled_rows(settings: Dynamic, first: int, last: int, *, ends: bool) -> Tensor:
     """Return the sampled positions in ``[first, last)``, ascending.
 
-    The last row of every ``stride``, counted from position 0; where a call ends, its ``last`` rows.
+    The last row of every ``stride`` and the first of every tile, counted from position 0; where a
+    call ends, its ``last`` rows.
     """
-    step = settings.stride
-    start = first // step * step + step - 1
-    rows = torch.arange(start, max(start, last), step)
+    row = torch.arange(first, last)
+    rows = row[(row % settings.stride == settings.stride - 1) | (row % settings.tile == 0)]
     if not ends:
         return rows
     tail = max(first, last - settings.last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -22,7 +23,8 @@ class LifetimeCache(Cache):
     of arrival on the CPU. Other kernels add in another order and agree within rounding.
 
     Works with greedy search, sampling, beams, assisted decoding, chunked prefill and padding at
-    either side. It cannot be compiled as a static cache can.
+    either side. It cannot be compiled as a static cache can: `extend` always runs as it is, and
+    breaks the graph of a compiled model in every layer (``fullgraph=True`` raises).
 
     Args:
         config: Of the model; fixes the number of layers. None makes layers as they are used.
@@ -47,6 +49,8 @@ class LifetimeCache(Cache):
             super().__init__(layers=layers, offloading=offloading)
         self._lead: int | None = None
 
+    # The shapes it holds grow and how it holds them changes: each step would be traced anew.
+    @torch.compiler.disable
     def extend(
         self,
         k: Tensor,

@@ -104,8 +104,8 @@ class DynamicMaskAttention(nn.Module):
             ``[B, N, hidden_size]``.
 
         Raises:
-            ValueError: If shapes do not fit, the cache is another, documents come with a cache, or
-                the configuration's ``keep`` was set to what is no rule.
+            ValueError: If there are no tokens, shapes do not fit, the cache is another, documents
+                come with a cache, or the configuration's ``keep`` was set to what is no rule.
         """
         cache = lifetime_cache(past_key_values)
         if slots is None:

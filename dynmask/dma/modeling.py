@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -21,7 +22,7 @@ from dynmask.dma.configuration import DmaConfig
 from dynmask.dma.layer import DynamicMaskAttention, lifetime_cache
 from dynmask.dma.score import ValueScore
 from dynmask.dma.selection import check_keep
-from dynmask.dma.slots import Slots, read_slots
+from dynmask.dma.slots import Slots, check_tokens, read_slots
 
 _HARMLESS = frozenset(
     {"cache_position", "is_causal", "num_items_in_batch", "output_hidden_states", "token_type_ids"}
@@ -156,14 +157,17 @@ class DmaModel(DmaPreTrainedModel):
             ``last_hidden_state`` ``[B, N, hidden_size]``, ``past_key_values``, ``hidden_states``.
 
         Raises:
-            ValueError: If shapes do not fit, the cache is another, documents come with a cache, an
-                argument is not known, or the configuration's ``keep`` was set to what is no rule.
+            ValueError: If there are no tokens, shapes do not fit, the cache is another, documents
+                come with a cache, an argument is not known, or the configuration's ``keep`` was
+                set to what is no rule.
         """
         check_keep(self.config.keep, self.config.num_hidden_layers)
         _check_kwargs(kwargs, tells_documents=documents is not None or position_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
+            assert input_ids is not None
+            check_tokens("input_ids", input_ids)  # A tokenizer's empty text is not even integer.
             inputs_embeds = self.embed_tokens(input_ids)
         cache = lifetime_cache(past_key_values)
         slots = read_slots(
@@ -193,7 +197,7 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
     """The decoder with a language modeling head.
 
     ``generate`` uses a `LifetimeCache`, whose size does not grow with the text where ``keep`` is a
-    number. With a share as ``keep`` it refuses ``prefill_chunk_size``.
+    number. With a share as ``keep`` it refuses ``prefill_chunk_size`` and assisted decoding.
 
     Args:
         config: Shape and options.
@@ -272,6 +276,7 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -284,20 +289,32 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
             )
         given = lifetime_cache(model_kwargs.get("past_key_values"))
         fresh = given is None or given.get_seq_length() == 0
-        chunked = generation_config.prefill_chunk_size is not None
-        if fresh and chunked and isinstance(self.config.keep, float):
-            raise ValueError(
-                f"keep={self.config.keep} is a share of the prompt's length, which its first chunk "
-                "does not know: leave prefill_chunk_size out, or set config.keep to a number"
-            )
+        if fresh and isinstance(self.config.keep, float):
+            self._check_share(generation_config, generation_mode)
         if given is not None:
             parent: Any = super()
-            parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            parent._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
         elif generation_config.use_cache is not False:
             cache = LifetimeCache(self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()  # What the main model refuses is taken back.
             model_kwargs["past_key_values"] = cache
+
+    def _check_share(self, generation: GenerationConfig, mode: GenerationMode) -> None:
+        """Refuse what makes the first call with a cache, which fixes ``w``, not the prompt."""
+        share = f"keep={self.config.keep} is a share of the prompt's length, which "
+        if generation.prefill_chunk_size is not None:
+            raise ValueError(
+                f"{share}its first chunk does not know: leave prefill_chunk_size out, or set "
+                "config.keep to a number"
+            )
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                f"{share}a first call with the assistant's candidates does not know: leave "
+                "assistant_model and prompt_lookup_num_tokens out, or set config.keep to a number"
+            )
 
 
 def _check_kwargs(kwargs: Mapping[str, Any], *, tells_documents: bool) -> None:

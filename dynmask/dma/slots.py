@@ -61,8 +61,10 @@ def read_slots(
         past: Tokens that the cache has seen; None without a cache.
 
     Raises:
-        ValueError: If a shape does not fit, ids fall, or documents come with a cache.
+        ValueError: If there are no tokens, a shape does not fit, ids fall, or documents come with a
+            cache.
     """
+    check_tokens("the input", embeds)
     batch, length = embeds.shape[:2]
     device = embeds.device
     seen = past or 0
@@ -90,6 +92,18 @@ def read_slots(
         real=_real(attention_mask, length),
         documents=None if documents is None else Documents(documents),
     )
+
+
+def check_tokens(name: str, given: Tensor) -> None:
+    """Refuse an input ``[B, N, ...]`` without tokens.
+
+    Raises:
+        ValueError: If B or N is 0.
+    """
+    if 0 in given.shape[:2]:
+        raise ValueError(
+            f"{name} is {list(given.shape)} and holds no token: give at least one row of one token"
+        )
 
 
 def _check_shape(name: str, given: Tensor, rows: tuple[int, ...], length: int) -> None:

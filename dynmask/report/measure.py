@@ -81,7 +81,9 @@ def title(result: Result) -> str:
     """Return the task's name with its size, as tables show it."""
     if result.task == "longeval":
         return f"LongEval, {result.settings['lines']} lines"
-    name = {"needle": "Needles", "perplexity": "Perplexity"}.get(result.task, result.task)
+    if "lines" in result.settings:
+        return f"Recall, {result.settings['lines']} lines"
+    name = result.task.capitalize() if result.task != "needle" else "Needles"
     return f"{name}, {result.settings['length']} tokens"
 
 

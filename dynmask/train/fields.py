@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -52,15 +53,32 @@ def read(kind: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: {raw!r} is not a mapping of fields")
     known = {f.name: f for f in fields(kind)}
-    if unknown := sorted(str(name) for name in raw if name not in known):
-        raise ValueError(
-            f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(known)}"
-        )
+    check_names(raw, known, where)
     for name, f in known.items():
         if name not in raw and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{where}: the field {name!r} is missing")
     hints = get_type_hints(kind)
     return kind(**{name: _value(hints[name], raw[name], name, where) for name in raw})
+
+
+def check_names(given: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Refuse names that are not known, with what was probably meant.
+
+    Args:
+        given: Names of fields.
+        known: Those that there are.
+        where: Where they stand, for messages.
+
+    Raises:
+        ValueError: A name is not known.
+    """
+    known = list(known)
+    unknown = sorted(str(name) for name in given if name not in known)
+    if not unknown:
+        return
+    close = {name: get_close_matches(name, known, n=1) for name in unknown}
+    named = (f"{n} (did you mean {close[n][0]}?)" if close[n] else n for n in unknown)
+    raise ValueError(f"{where}: unknown field {', '.join(named)}; known are {', '.join(known)}")
 
 
 def _value(hint: Any, value: Any, name: str, where: str) -> Any:

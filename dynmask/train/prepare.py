@@ -53,17 +53,13 @@ def prepare(recipe: Recipe, out: Path, *, path: str | None = None) -> Prepared:
     Raises:
         ValueError: there is no such data or tokenizer, or it is too small.
     """
+    check_data(recipe, path=path)
     data = recipe.data
     if isinstance(data, Mqar):
-        if path is not None:
-            raise ValueError("data: type mqar is generated; leave --data out")
         recall = Recall(data)
         recall.require(recipe.longest)
         return Prepared(recall, recall if recipe.eval_every else None, None, data.vocab_size)
-    path = path or data.path
-    if path is None:
-        raise ValueError("data: no path is given; use --data PATH")
-    data = dataclasses.replace(data, path=path)
+    data = dataclasses.replace(data, path=path or data.path)
     tokenizer = _tokenizer(recipe, _texts(data, data.train), out)
     # A dataset may be far larger than what the run reads.
     most = recipe.steps * recipe.tokens_per_step if isinstance(data, HubText) else None
@@ -83,6 +79,32 @@ def prepare(recipe: Recipe, out: Path, *, path: str | None = None) -> Prepared:
         valid = _source(held_out, tokenizer, data)
         valid.require(recipe.longest)
     return Prepared(train, valid, tokenizer, len(tokenizer))
+
+
+def check_data(recipe: Recipe, *, path: str | None = None) -> None:
+    """Raise what `prepare` would for data that are not there, before anything is read.
+
+    A dataset is only looked for when it is read.
+
+    Args:
+        recipe: the run.
+        path: where the data is, in place of the recipe's.
+
+    Raises:
+        ValueError: there is no path, no such folder, or no file that matches.
+    """
+    data = recipe.data
+    if isinstance(data, Mqar):
+        if path is not None:
+            raise ValueError("data: type mqar is generated; leave --data out")
+        return
+    path = path or data.path
+    if path is None:
+        raise ValueError("data: no path is given; use --data PATH")
+    for split in (data.train, data.valid) if recipe.eval_every else (data.train,):
+        texts = _texts(dataclasses.replace(data, path=path), split)
+        if isinstance(texts, Folder):
+            texts.files()
 
 
 def _texts(data: Retrieval | Text | HubText, split: str) -> Texts:

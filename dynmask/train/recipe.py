@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -101,14 +102,19 @@ class Recipe:
         self._check_lengths()
         schedule = self.schedule
         decay = getattr(schedule, "decay_steps", 0)
+        if schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule: warmup_steps={schedule.warmup_steps} is more than the {self.steps} "
+                f"steps of the run"
+            )
         for name, value, good in (
-            ("lr", self.lr, self.lr > 0),
+            ("lr", self.lr, 0 < self.lr < math.inf),
             ("schedule: floor", schedule.floor, 0 <= schedule.floor <= 1),
             ("schedule: warmup_steps", schedule.warmup_steps, schedule.warmup_steps >= 0),
             ("schedule: decay_steps", decay, 0 <= decay <= self.steps - schedule.warmup_steps),
-            ("weight_decay", self.weight_decay, self.weight_decay >= 0),
+            ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf),
             ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas)),
-            ("clip", self.clip, self.clip > 0),
+            ("clip", self.clip, 0 < self.clip < math.inf),
             ("log_every", self.log_every, self.log_every >= 1),
             ("save_every", self.save_every, self.save_every >= 1),
             ("eval_every", self.eval_every, self.eval_every >= 0),

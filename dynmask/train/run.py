@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ from dynmask.train.callbacks import (
 )
 from dynmask.train.fields import differences
 from dynmask.train.flops import flops_per_token, measured_peak
-from dynmask.train.models import build_model
-from dynmask.train.prepare import Prepared, prepare
+from dynmask.train.models import build_model, check_model
+from dynmask.train.prepare import Prepared, check_data, prepare
 from dynmask.train.recipe import Recipe
 from dynmask.train.source import Source
 from dynmask.train.trainer import WeightedTrainer
@@ -87,6 +88,7 @@ def claim(out: Path, recipe: Recipe, source: Source | None = None) -> None:
     run = {"recipe": identity, "text_sha256": source.sha256()}
     if found and found != run:
         raise ValueError(f"out: {out} holds a run on other text; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
     write(note, json.dumps(run, indent=1))
 
 
@@ -118,8 +120,8 @@ def train(
         progress: gets steps done, all steps and a note after every step.
 
     Raises:
-        ValueError: ``out`` holds another run, the data does not fit, or the recipe cannot be run on
-            these devices.
+        ValueError: ``out`` is a file or holds another run, ``minutes`` is not over 0, there is no
+            such data or model or they do not fit, or the recipe cannot be run on these devices.
         NonFiniteLossError: the loss or the weights are no numbers; the batch is saved in ``out``.
     """
     out = Path(out)
@@ -129,7 +131,14 @@ def train(
     fsdp = recipe.fsdp and processes > 1
     if fsdp and not on_gpu:
         raise ValueError("fsdp: sharding needs GPUs; set fsdp: false to replicate on the CPU")
-    out.mkdir(parents=True, exist_ok=True)
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes={minutes} must be over 0 and finite; leave it out for no limit")
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"out: {place} is a file; give a folder")
+    # Before anything is written, so that the folder stays free for the recipe that is meant.
+    check_data(recipe, path=data)
+    check_model(recipe)
     arguments = training_arguments(
         recipe, out, workers=workers, accumulate=parts // processes, fsdp=fsdp
     )
@@ -139,12 +148,12 @@ def train(
     with arguments.main_process_first(local=False):
         claim(out, recipe)
         prepared = prepare(recipe, out, path=data)
+        special = _special_tokens(prepared.tokenizer)
+        check_model(recipe, vocab_size=prepared.vocab_size, **special)
         claim(out, recipe, prepared.train)
         if arguments.process_index == 0:
             remove_broken(out)
-    model = build_model(
-        recipe, vocab_size=prepared.vocab_size, **_special_tokens(prepared.tokenizer)
-    )
+    model = build_model(recipe, vocab_size=prepared.vocab_size, **special)
     kind = type(model)  # FSDP2 gives the model another one
     compiled = recipe.compile and on_gpu
     if compiled:

@@ -44,8 +44,11 @@ class Folder:
         """The files, sorted by name.
 
         Raises:
-            ValueError: none is there.
+            ValueError: none is there, or no such folder.
         """
+        if not self.path.is_dir():
+            wrong = "is a file; give its folder" if self.path.exists() else "does not exist"
+            raise ValueError(f"data: the folder {self.path} {wrong}")
         found = sorted(p for p in self.path.glob(self.pattern) if p.name.endswith(SUFFIXES))
         if not found:
             raise ValueError(

@@ -38,7 +38,9 @@ def chosen_by_definition(q, k, settings, b, g, tile):
     rows = [
         i
         for i in range(max(begin, tile * settings.tile), min(k_len, (tile + 1) * settings.tile))
-        if i % settings.stride == settings.stride - 1 or i >= k_len - settings.last
+        if i % settings.stride == settings.stride - 1
+        or i % settings.tile == 0
+        or i >= k_len - settings.last
     ]
     cost = [0.0] * far
     for i in rows:

@@ -121,12 +121,22 @@ def test_a_share_of_the_length_is_not_that_of_a_chunk():
     for options in ({}, {"past_key_values": LifetimeCache()}):
         with pytest.raises(ValueError, match=r"keep=0.25 is a share .* leave prefill_chunk_size"):
             generate(model, ids, prefill_chunk_size=8, **options)
-    caches = [LifetimeCache(), LifetimeCache()]
-    with torch.no_grad():
-        for cache in caches:
-            model(ids[:, :20], past_key_values=cache)
-    chunked = generate(model, ids, past_key_values=caches[0], prefill_chunk_size=8)
-    assert torch.equal(chunked, generate(model, ids, past_key_values=caches[1]))
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": make_model(seed=1)},
+        {"assistant_early_exit": 1},
+    ],
+    ids=["prompt-lookup", "other-model", "early-exit"],
+)
+def test_a_share_of_the_length_is_not_that_of_candidates(helper):
+    model, ids = make_model(keep=0.25), random_ids(1, 33)
+    for options in ({}, {"past_key_values": LifetimeCache()}):
+        with pytest.raises(ValueError, match=r"keep=0.25 is a share .* leave assistant_model"):
+            generate(model, ids, **helper, **options)
 
 
 @torch.no_grad()
@@ -148,6 +158,29 @@ def test_steps_equal_one_pass(rule, padding):
         torch.testing.assert_close(
             torch.cat(parts, 1)[b][real], whole[b][real], atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A model whose forward pass is compiled; a real backend would take half a minute."""
+    torch.compiler.reset()
+    model = make_model(num_hidden_layers=1)
+    model.forward = torch.compile(model.forward, backend="eager")
+    yield model
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_compiled_model_takes_chunks(compiled):
+    ids = random_ids(2, 100)
+    caches = LifetimeCache(), LifetimeCache()
+    eager = make_model(num_hidden_layers=1)
+    for part in ids.split([50, 1, 1, 1, 1, 1, 1, 44], dim=1):
+        got, expected = (
+            model(part, past_key_values=cache).logits
+            for model, cache in zip((compiled, eager), caches, strict=True)
+        )
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

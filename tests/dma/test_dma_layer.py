@@ -7,7 +7,7 @@ import torch
 from dma_models import hidden, make_layer, paper_layer
 from transformers import DynamicCache, StaticCache
 
-from dynmask.dma import DmaConfig, DynamicMaskAttention
+from dynmask.dma import DmaConfig, DynamicMaskAttention, LifetimeCache
 
 F64 = {"dtype": torch.float64}
 
@@ -188,3 +188,9 @@ def test_compiles_whole(options, documents):
 def test_bad_input(inputs, message):
     with pytest.raises(ValueError, match=message):
         make_layer()(hidden(2, 10), **inputs)
+
+
+@pytest.mark.parametrize("cache", [None, LifetimeCache()], ids=["whole", "cache"])
+def test_no_tokens_are_refused(cache):
+    with pytest.raises(ValueError, match=r"is \[2, 0, 32\] and holds no token"):
+        make_layer()(hidden(2, 0), past_key_values=cache)

@@ -275,6 +275,16 @@ def test_bad_input(inputs, message):
         make_model()(random_ids(2, 10), **inputs)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("shape", [(1, 0), (0, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32], ids=str)  # Empty texts are float32.
+def test_no_tokens_are_refused(shape, dtype, use_cache):
+    with pytest.raises(ValueError, match=r"input_ids is .* holds no token"):
+        make_model()(torch.zeros(shape, dtype=dtype), use_cache=use_cache)
+    with pytest.raises(ValueError, match="holds no token"):
+        make_model()(inputs_embeds=torch.zeros(*shape, 32), use_cache=use_cache)
+
+
 def test_other_attention_is_refused():
     with pytest.raises(ValueError, match="does not support an attention implementation"):
         AutoModelForCausalLM.from_config(config(), attn_implementation="sdpa")

@@ -26,7 +26,7 @@ def last_line(capsys):
 def test_stop_and_go_on(recipe, text_folder, tmp_path, capsys):
     out = str(tmp_path / "out")
     command = ["train", recipe, "--data", str(text_folder), "--out", out, "--workers", "1"]
-    assert main([*command, "--minutes", "0", "--json"]) == 3
+    assert main([*command, "--minutes", "1e-9", "--json"]) == 3
     first = last_line(capsys)
     assert (first["complete"], first["steps"], first["of_steps"]) == (False, 1, 5)
     assert main(command) == 0
@@ -56,15 +56,23 @@ def test_settings_and_json(tmp_path, capsys):
     [
         ("no-such", "text", "give a YAML file or the name of a recipe: 1.7B"),
         ("embedded", "none", "matches 'train*'"),
+        ("embedded", "nope", "nope does not exist"),
+        ("embedded", "file", "train.txt is a file; give its folder"),
         ("80M", None, "no path is given; use --data PATH"),
     ],
 )
 def test_bad_input(recipe, data, message, text_folder, tmp_path, capsys):
-    folders = {"text": text_folder, "none": tmp_path}
+    folders = {
+        "text": text_folder,
+        "none": tmp_path,
+        "nope": tmp_path / "nope",
+        "file": text_folder / "train.txt",
+    }
     given = ["--data", str(folders[data])] if data else []
     assert main(["train", recipe, *given, "--out", str(tmp_path / "out"), "--json"]) == 2
     document = last_line(capsys)
     assert message in document["error"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_broken_loss(recipe, text_folder, tmp_path, capsys, monkeypatch):

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 
 import pytest
@@ -10,7 +11,7 @@ from dynmask.train.arguments import training_arguments
 from dynmask.train.batches import Steps
 from dynmask.train.fields import changed, differences
 from dynmask.train.mixture import Mixture, Sequences
-from dynmask.train.models import build_model
+from dynmask.train.models import build_model, check_model
 from dynmask.train.mqar import Mqar
 from dynmask.train.recipe import Recipe
 from dynmask.train.sections import Cosine, HubText, Phase, Text, WarmupStableDecay
@@ -99,8 +100,11 @@ def test_what_is_written_is_what_was_read(tmp_path):
         ({"micro_tokens": 96}, "micro_tokens=96 must be over 0 and divide tokens_per_step=256"),
         ({"micro_tokens": 64}, "divides tokens_per_step=256, and micro_tokens if given"),
         ({"lr": "2e-3"}, "lr='2e-3' must be a number"),
+        ({"laerning": 1, "modle": 1}, r"field laerning, modle \(did you mean model\?\); known are"),
+        ({"clip": float("inf")}, "clip=inf is out of its range"),
+        ({"schedule": {"type": "cosine"}}, "warmup_steps=200 is more than the 5 steps"),
         ({"lr": 0}, "lr=0 is out of its range"),
-        ({"schedule": {"type": "cosine", "floor": 2}}, "schedule: floor=2"),
+        ({"schedule": GOOD["schedule"] | {"floor": 2}}, "schedule: floor=2"),
         ({"schedule": WSD | {"decay_steps": 4}}, "schedule: decay_steps=4 is out of its range"),
         ({"schedule": {"type": "linear"}}, "schedule: type='linear' must be one of cosine, wsd"),
         ({"save_every": 0}, "save_every=0"),
@@ -245,7 +249,9 @@ def test_arguments_of_the_embedded_run(tmp_path):
 def test_unknown_field_of_the_model(tmp_path):
     for kind in ("llama", "dma"):
         recipe = load(tmp_path, model={"type": kind, "num_layers": 2})
-        with pytest.raises(ValueError, match="model: unknown field num_layers; known are"):
+        with pytest.raises(
+            ValueError, match=r"num_layers \(did you mean num_hidden_layers\?\); known"
+        ):
             build_model(recipe, vocab_size=64)
 
 
@@ -261,6 +267,31 @@ def test_unknown_field_of_the_model(tmp_path):
 def test_models_that_cannot_be(tmp_path, model, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         build_model(load(tmp_path, model=model), vocab_size=64)
+
+
+@pytest.mark.parametrize("kind", ["llama", "dma"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hidden_size", "abc", "hidden_size='abc' must be an integer"),
+        ("hidden_size", [16], r"hidden_size.*\[16\]"),
+        ("hidden_size", -16, "hidden_size=-16"),
+        ("rms_norm_eps", "x", "rms_norm_eps='x' must be a number"),
+        ("tie_word_embeddings", "maybe", "tie_word_embeddings='maybe' must be true or false"),
+        ("num_attention_heads", 3, "num_attention_heads=3"),
+        ("num_attention_heads", 0, "num_attention_heads=0"),
+        ("hidden_act", "foo", "hidden_act='foo' is not known: use one of gelu"),
+        ("hidden_act", 3, "hidden_act=3 must be a string"),
+        ("dtype", "foo", "dtype='foo'"),
+        ("a_std", 0.02, "a_std is for the conversion of a dense model"),
+        ("model_type", "gpt2", "unknown field model_type"),
+    ],
+)
+def test_fields_of_the_model_are_refused_by_name(tmp_path, kind, name, value, message):
+    recipe = load(tmp_path, model={"type": kind, **SMALL, name: value})
+    for refuse in (check_model, functools.partial(build_model, vocab_size=64)):
+        with pytest.raises(ValueError, match=f"^recipe: model: .*{message}"):
+            refuse(recipe)
 
 
 def test_checkpoint_that_is_none(tmp_path):
@@ -285,12 +316,17 @@ def test_model_from_a_checkpoint(tmp_path):
     source = str(tmp_path / "dma")
     rope = {"rope_type": "default", "rope_theta": 100000.0}
     fields = {"type": "dma", "from": source, "keep": 8, "rope_parameters": rope}
+    check_model(load(tmp_path, model=fields), vocab_size=64)
     model = build_model(load(tmp_path, model=fields), vocab_size=64)
     assert (model.config.keep, model.config.rope_parameters["rope_theta"]) == (8, 100000.0)
     for one, other in zip(first.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"from=.*: it is a dma model, not a llama one"):
         build_model(load(tmp_path, model={"type": "llama", "from": source}), vocab_size=64)
+    with pytest.raises(ValueError, match="a_std is for a dense model, this is a dma one"):
+        check_model(load(tmp_path, model=fields | {"a_std": 0.1}))
+    with pytest.raises(ValueError, match="vocab_size=96 is less than the 97 tokens"):
+        check_model(load(tmp_path, model=fields), vocab_size=97)
     with pytest.raises(ValueError, match="vocab_size=96 is less than the 97 tokens"):
         build_model(load(tmp_path, model=fields), vocab_size=97)
 
@@ -299,7 +335,7 @@ def test_model_from_a_dense_one(tmp_path):
     dense = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).eval()
     dense.save_pretrained(tmp_path / "dense")
     fields = {"type": "dma", "from": str(tmp_path / "dense"), "keep": 64}
-    model = build_model(load(tmp_path, model=fields), vocab_size=64).eval()
+    model = build_model(load(tmp_path, model=fields | {"a_std": 0.0}), vocab_size=64).eval()
     assert isinstance(model, DmaForCausalLM)
     ids = torch.arange(40)[None]
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)

@@ -96,7 +96,7 @@ def test_killed_and_resumed_equals_uninterrupted(go, tmp_path, monkeypatch, kind
 
 
 def test_stop_by_time_then_nothing_left_to_do(go, tmp_path):
-    stopped = go(tmp_path, minutes=0)
+    stopped = go(tmp_path, minutes=1e-9)
     assert (stopped.complete, stopped.steps) == (False, 1)
     assert go(tmp_path).complete
     before = load_file(tmp_path / "model" / "model.safetensors")
@@ -179,7 +179,7 @@ def test_model_and_tokenizer_load(go, tmp_path):
 
 def test_tokenizer_of_its_own(go, tmp_path):
     recipe = changed(tokenizer=None, vocab_size=400)
-    go(tmp_path, recipe, minutes=0)
+    go(tmp_path, recipe, minutes=1e-9)
     made = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
     assert go(tmp_path, recipe).complete
     assert (tmp_path / "model" / "tokenizer.json").exists()

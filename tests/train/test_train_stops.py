@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_cases import MQAR, RECIPE, changed
+from train_cases import MQAR, RECIPE, SHAPE, changed
 from transformers import TrainerCallback
 
 from dynmask.train import run as run_module
@@ -22,7 +22,7 @@ from dynmask.train.trainer import NonFiniteLossError, weighted_loss
 
 
 def test_folder_of_another_run_is_refused(go, tmp_path, text_folder):
-    go(tmp_path, minutes=0)
+    go(tmp_path, minutes=1e-9)
     note = (tmp_path / "run.json").read_text()
     with pytest.raises(ValueError, match=r"another recipe \(lr: 0.0001 was 0.0015\); give another"):
         go(tmp_path, changed(lr=1e-4))
@@ -94,7 +94,7 @@ def test_sharding_needs_gpus(tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_a_sharded_run(go, tmp_path):
-    go(tmp_path, minutes=0)
+    go(tmp_path, minutes=1e-9)
     folder = tmp_path / "checkpoint-1"
     (folder / "pytorch_model_fsdp.bin").touch()
     mark = json.loads((folder / "whole.json").read_text())
@@ -114,3 +114,27 @@ def test_without_accelerate_the_message_says_what_to_install():
     )
     assert "needs accelerate" in done.stdout
     assert "pip install 'dynmask[train]'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [({"kep": 3}, r"kep \(did you mean keep\?\)"), ({"vocab_size": 99}, "vocab_size=99 is less")],
+    ids=["unknown", "known by the data only"],
+)
+def test_a_refused_model_does_not_take_the_folder(go, tmp_path, model, message):
+    good = {"type": "dma", "keep": 24, **SHAPE}
+    with pytest.raises(ValueError, match=message):
+        go(tmp_path / "out", changed(model=good | model))
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert go(tmp_path / "out", changed(model=good)).complete
+
+
+def test_out_and_minutes_that_cannot_be(go, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match=r"out: .*file is a file; give a folder"):
+            go(out)
+    for minutes in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"minutes={minutes} must be over 0 and finite"):
+            go(tmp_path / "out", minutes=minutes)
+    assert not (tmp_path / "out").exists()
