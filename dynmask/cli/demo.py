@@ -50,7 +50,7 @@ class DemoSizes:
     lines: int = 200
     line_questions: int = 40
     questions_per_record: int = 20
-    recall_questions: int = 60
+    recall_questions: int = 40
     needle_length: int = 8192
     needle_questions: int = 20
     needles: int = 10
