@@ -193,8 +193,9 @@ def _table2(document: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         ]
 
     notes = [
-        "Ours holds selection, schedule and attention; SDPA's dense mask is made beforehand. The "
-        "paper's ratios are its kernel's alone, on another GPU."
+        "Ours holds selection, schedule and attention, and for `bounded` one step from a cache of "
+        "`keep` slots, the new token taken in; SDPA's dense mask is made beforehand. The paper's "
+        "ratios are its kernel's alone, on another GPU."
     ]
     return _table(document, columns, row), notes
 
