@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from dynmask.dam import MaskPlan
 from dynmask.dam.dynamic import Dynamic
 from dynmask.hf import compat
-from dynmask.hf.dynamic import LayerPolicy, LongCall
+from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.fingerprint import check_fingerprint
 from dynmask.hf.keys import KeySlots, key_mask, slots_of
 from dynmask.hf.switch import Switch
 from dynmask.hf.tally import Tally, kind_of
 from dynmask.masks import Stripes
-from dynmask.masks.schedule import head_schedule
 from dynmask.ops import attention, choose
 from dynmask.ops.attention import BACKENDS
 
@@ -219,7 +218,7 @@ class _Attached:
         self.own = own
         self.striped = stripes is not None and not bool(stripes.full_heads.all())
         self.sparse = self.striped or self.policy is not None
-        self._on_device: dict[torch.device, Stripes] = {}
+        self._copies = None if stripes is None else HeadStripes(stripes)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Refuse to be copied or pickled: a copy would report to this run and end with nobody."""
@@ -230,16 +229,8 @@ class _Attached:
     def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
         """Return the stripes over this call's padding, on its device."""
         started = time.perf_counter()
-        assert self.stripes is not None
-        if device not in self._on_device:
-            stripes = self.stripes.to(device)
-            # Padded copies share what was derived before they were made: derive it now, once.
-            assert stripes.derived is not None
-            if device.type == "cpu":
-                for head in range(stripes.heads):
-                    head_schedule(stripes, head)
-            self._on_device[device] = stripes
-        stripes = self._on_device[device]
+        assert self._copies is not None
+        stripes = self._copies.on(device)
         padding = slots.padding
         mask = stripes if padding is None else stripes & padding
         self.tally.add_seconds(time.perf_counter() - started)

@@ -13,6 +13,7 @@ from dynmask.dam.dynamic import Dynamic, dynamic_attention
 from dynmask.hf.keys import KeySlots
 from dynmask.hf.tally import Tally
 from dynmask.masks import Stripes
+from dynmask.masks.schedule import head_schedule
 from dynmask.ops import attention, choose
 
 
@@ -30,7 +31,13 @@ class HeadStripes:
     def on(self, device: torch.device) -> Stripes:
         """Return the stripes on ``device``."""
         if device not in self._copies:
-            self._copies[device] = self.stripes.to(device)
+            stripes = self.stripes.to(device)
+            # Padded copies share what was derived before they were made: derive it now, once.
+            assert stripes.derived is not None
+            if device.type == "cpu":
+                for head in range(stripes.heads):
+                    head_schedule(stripes, head)
+            self._copies[device] = stripes
         return self._copies[device]
 
 

@@ -14,7 +14,7 @@ from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.masks.triton.schedule import TILE, TileLists
 from dynmask.ops.triton import operators
 from dynmask.ops.triton.blocks_backward import backward
-from dynmask.ops.triton.common import on_hopper, wants_gradients
+from dynmask.ops.triton.common import incoming, like_gradients, on_hopper, wants_gradients
 from dynmask.ops.triton.decode import MOST_ROWS
 from dynmask.ops.triton.forward import forward
 
@@ -176,8 +176,7 @@ def _(
     grad: Tensor,
     grad_lse: Tensor | None,
 ) -> list[Tensor]:
-    like = [torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)]
-    return like if bias is None else [*like, bias.new_empty(bias.shape)]
+    return like_gradients(q, k, v, bias)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -191,10 +190,7 @@ def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     rest = [None] * 6
     if grad is None and grad_lse is None:
         return None, None, None, None, *rest
-    grad = torch.zeros_like(out) if grad is None else grad
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad, grad_lse = incoming(out, grad, grad_lse)
     args = (*tensors, ctx.block, ctx.tile, ctx.scale, out, lse, grad, grad_lse)
     dq, dk, dv, *dbias = _attend_backward(*args)
     return dq, dk, dv, dbias[0] if dbias else None, *rest

@@ -74,6 +74,21 @@ def wants_gradients(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
+def incoming(
+    out: Tensor, grad: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients in an output and its log-sum-exp as the kernels read them."""
+    grad = torch.zeros_like(out) if grad is None else grad
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    return grad, None if grad_lse is None else grad_lse.contiguous()
+
+
+def like_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Return empty tensors of the gradients' shapes, for tracing."""
+    like = [torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)]
+    return like if bias is None else [*like, bias.new_empty(bias.shape)]
+
+
 def processors(device: torch.device) -> int:
     """Return the number of multiprocessors; a stand-in where Triton's interpreter runs."""
     if device.type != "cuda":

@@ -11,7 +11,7 @@ from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.masks.triton.schedule import TILE, TileLists, list_shape, tile_lists
 from dynmask.masks.triton.spans import span_lists
 from dynmask.ops.triton.backward import backward
-from dynmask.ops.triton.common import on_hopper
+from dynmask.ops.triton.common import incoming, like_gradients, on_hopper
 from dynmask.ops.triton.decode import decode
 from dynmask.ops.triton.forward import forward
 
@@ -107,8 +107,7 @@ def _(
     grad: Tensor,
     grad_lse: Tensor | None,
 ) -> list[Tensor]:
-    like = [torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)]
-    return like if bias is None else [*like, bias.new_empty(bias.shape)]
+    return like_gradients(q, k, v, bias)
 
 
 @operator("lifetimes_decode")
@@ -160,11 +159,8 @@ def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     no_lists = [None] * len(lists)
     if grad is None and grad_lse is None:
         return None, None, None, None, None, no_lists, None, None, None
-    grad = torch.zeros_like(out) if grad is None else grad
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    grad, grad_lse = incoming(out, grad, grad_lse)
     args = (q, k, v, bias, expiry, lists, ctx.most, ctx.scale, ctx.immortal, out, lse, grad)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, *dbias = attend_backward(*args, grad_lse)
     return dq, dk, dv, dbias[0] if dbias else None, None, no_lists, None, None, None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dynmask.masks import Stripes
 from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.ops.triton import stripes_dkdv, stripes_dq
-from dynmask.ops.triton.common import wants_gradients
+from dynmask.ops.triton.common import incoming, like_gradients, wants_gradients
 from dynmask.ops.triton.stripes_backward import backward
 from dynmask.ops.triton.stripes_decode import MOST_ROWS, decode
 from dynmask.ops.triton.stripes_forward import forward, tiles
@@ -181,8 +181,7 @@ def _(
     grad: Tensor,
     grad_lse: Tensor | None,
 ) -> list[Tensor]:
-    like = [torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)]
-    return like if bias is None else [*like, bias.new_empty(bias.shape)]
+    return like_gradients(q, k, v, bias)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -199,10 +198,7 @@ def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     no_grads = [[None] * n, [None] * ctx.tables, *[[None] * (len(tables) // 2)] * 2, *[None] * 6]
     if grad is None and grad_lse is None:
         return None, None, None, None, *no_grads
-    grad = torch.zeros_like(out) if grad is None else grad
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad, grad_lse = incoming(out, grad, grad_lse)
     made = keys, tables[: len(tables) // 2], tables[len(tables) // 2 :]
     args = (q, k, v, bias, *made, corner, runs, *ctx.sizes, out, lse, grad, grad_lse)
     dq, dk, dv, *dbias = _prefill_backward(*args)
