@@ -16,6 +16,7 @@ LAYERS = (
     "ops",
     "bench",
     "dam",
+    "baselines",
     "hf",
     "dma",
     "assets",
@@ -109,7 +110,7 @@ def test_the_rule_finds_what_breaks_it(layer, source, wrong):
 
 @each_file
 def test_tensor_layers_know_no_transformers(path):
-    if layer_of(path) in ("masks", "ops", "dam"):
+    if layer_of(path) in ("masks", "ops", "dam", "baselines"):
         packages = {name.partition(".")[0] for name in imports(tree(path))}
         assert not packages & {"transformers", "tokenizers", "matplotlib", "rich"}
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynmask.baselines import Policy
 from dynmask.dam import MaskPlan
 from dynmask.dam.dynamic import Dynamic
 from dynmask.hf import compat
 from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.fingerprint import check_fingerprint
 from dynmask.hf.keys import KeySlots, key_mask, slots_of
+from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.switch import Switch
 from dynmask.hf.tally import Tally, kind_of
 from dynmask.masks import Stripes
@@ -35,6 +37,7 @@ def accelerate(
     mode: str = "auto",
     coverage: float | None = None,
     dynamic: Dynamic | None = None,
+    policy: Policy | None = None,
     impl: str = "auto",
 ) -> Run:
     """Run ``model``'s attention under dynamic masks and a plan's until the run is closed.
@@ -64,6 +67,8 @@ def accelerate(
         coverage: The quality asked for, in (0, 1]: of dynamic masks (`Dynamic.coverage`), and of
             the stripes that the plan's gate keeps. By default the plan's own, or 0.98.
         dynamic: How dynamic masks are made, in all else; the defaults are for every model.
+        policy: Another method instead, from ``dynmask.baselines``, for comparisons: in every call
+            of every full causal layer, decode included. Without plan, coverage and dynamic.
         impl: "auto", or a backend of ``dynmask.attention`` that must run every sparse layer.
 
     Returns:
@@ -71,6 +76,7 @@ def accelerate(
 
     Raises:
         ValueError: Mode or impl is unknown, or the mode needs a plan; coverage is out of range;
+            a policy stands beside a plan or settings of dynamic masks;
             the plan is of another model; the model is accelerated already, or has no attention
             layer that dynmask knows. Later, from the model's forward: packed documents, 4-d
             attention masks, or attention arguments that dynmask does not know (attention sinks,
@@ -82,19 +88,33 @@ def accelerate(
         raise ValueError('mode="static" needs a plan: make one with calibrate, or use "dynamic"')
     if plan is not None and coverage is not None:
         plan = plan.with_coverage(coverage)
+    if policy is not None:
+        given = {"plan": plan, "coverage": coverage, "dynamic": dynamic}
+        beside = [name for name, value in given.items() if value is not None]
+        if beside or mode != "auto":
+            raise ValueError(
+                f"policy={policy.name!r} runs alone: leave out {', '.join(beside) or 'mode'}"
+            )
     settings = Dynamic() if dynamic is None else dynamic
     if coverage is None and dynamic is None and plan is not None:
         coverage = plan.settings.coverage
     if coverage is not None:
         settings = dataclasses.replace(settings, coverage=coverage)
-    return Run(model, plan, mode=mode, dynamic=settings, impl=impl)
+    return Run(model, plan, mode=mode, dynamic=settings, policy=policy, impl=impl)
 
 
 class Run:
     """An accelerated model; a context manager. See ``accelerate``."""
 
     def __init__(
-        self, model: nn.Module, plan: MaskPlan | None, *, mode: str, dynamic: Dynamic, impl: str
+        self,
+        model: nn.Module,
+        plan: MaskPlan | None,
+        *,
+        mode: str,
+        dynamic: Dynamic,
+        policy: Policy | None,
+        impl: str,
     ):
         if impl != "auto" and impl not in BACKENDS:
             raise ValueError(f"impl={impl!r} is unknown; use one of {['auto', *BACKENDS]}")
@@ -105,21 +125,24 @@ class Run:
         if plan is not None:
             _check_plan(model, plan, layers)
         self.model = model
-        self.mode = mode
+        self.mode = mode if policy is None else policy.name
         self.impl = impl
         self._tally = Tally()
         self._attached: list[_Attached] = []
         for layer in layers:
             own = OWN_WINDOW if layer.own_window is not None else None
             stripes = _stripes(plan, layer, mode) if own is None else None
-            policy = None
-            if (
+            attached = _Attached(layer, stripes, impl, self._tally, own)
+            if own is None and policy is not None:
+                place = len(self._attached), len(layers)
+                attached.policy = PolicyCalls(policy, *place, impl=impl, tally=self._tally)
+            elif (
                 stripes is not None
                 and mode in ("auto", "dynamic")
                 and bool(stripes.full_heads.any())
             ):
-                policy = LayerPolicy(dynamic, stripes)
-            self._attached.append(_Attached(layer, stripes, policy, impl, self._tally, own))
+                attached.dynamic = LayerPolicy(dynamic, stripes)
+            self._attached.append(attached)
         compat.register(NAME, dynmask_attention, key_mask)
         self._switch: Switch | None = Switch(model, layers, NAME)
         for attached in self._attached:
@@ -205,26 +228,47 @@ class _Attached:
         self,
         layer: compat.AttentionLayer,
         stripes: Stripes | None,
-        policy: LayerPolicy | None,
         impl: str,
         tally: Tally,
         own: str | None,
     ):
         self.layer = layer
         self.stripes = stripes
-        self.policy = policy
+        self.dynamic: LayerPolicy | None = None
+        self.policy: PolicyCalls | None = None
         self.impl = impl
         self.tally = tally
         self.own = own
         self.striped = stripes is not None and not bool(stripes.full_heads.all())
-        self.sparse = self.striped or self.policy is not None
         self._copies = None if stripes is None else HeadStripes(stripes)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the layer may leave keys out."""
+        return self.striped or self.dynamic is not None or self.policy is not None
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Refuse to be copied or pickled: a copy would report to this run and end with nobody."""
         raise ValueError(
             "the model is inside accelerate(): copy or pickle it before the with block or after it"
         )
+
+    def chosen(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: KeySlots,
+        kind: str,
+        scale: float | None,
+    ) -> tuple[Tensor, str] | None:
+        """Attend under masks that are chosen from this call; None for a call without them."""
+        if self.policy is not None:
+            return self.policy.attend(query, key, value, slots, kind=kind, scale=scale)
+        if self.dynamic is None or not self.dynamic.applies(slots, query.shape[2]):
+            return None
+        call = LongCall(self.dynamic, kind, scale=scale, impl=self.impl, tally=self.tally)
+        return call.attend(query, key, value, slots)
 
     def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
         """Return the stripes over this call's padding, on its device."""
@@ -291,13 +335,12 @@ def dynmask_attention(
     slots = slots_of(attention_mask, key)
     key, value = key[:, :, : slots.length], value[:, :, : slots.length]
     kind = kind_of(q_len, slots.length)
-    policy = None if attached is None else attached.policy
-    if attached is not None and policy is not None and policy.applies(slots, q_len):
+    found = None if attached is None else attached.chosen(query, key, value, slots, kind, scaling)
+    if attached is not None and found is not None:
         _refuse_dropout(dropout)
-        call = LongCall(policy, kind, scale=scaling, impl=attached.impl, tally=attached.tally)
-        found, impl = call.attend(query, key, value, slots)
+        out, impl = found
         attached.tally.add(kind, impl, attached.layer.index)
-        return found.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).contiguous(), None
     if attached is None or not attached.striped:
         if attached is not None:
             attached.tally.add(kind, DENSE, attached.layer.index, _shape(kind, slots, query))

@@ -179,6 +179,40 @@ class Blocks:
             seen = seen & (real_row[:, None, :, None] & real_key[:, None, None])
         return seen
 
+    def visible_pairs(self, q_len: int, k_len: int | None = None) -> Tensor:
+        """Count the (query, key) pairs that the lists show; padding is left out of account.
+
+        Exact and linear in the size of the lists.
+
+        Args:
+            q_len: Query rows ``Q``, the last ones of the sequence.
+            k_len: Key slots ``K``; ``q_len`` by default.
+
+        Returns:
+            ``[B, G]`` int64.
+
+        Raises:
+            ValueError: If not ``0 <= q_len <= k_len <= capacity``.
+        """
+        k_len = q_len if k_len is None else k_len
+        if not 0 <= q_len <= k_len <= self.capacity:
+            raise ValueError(
+                f"need 0 <= q_len <= k_len <= {self.capacity} (tiles times tile), got {q_len} "
+                f"and {k_len}"
+            )
+        begin = self.indices.long() * self.block
+        width = (k_len - begin).clamp(0, self.block)
+        bottom = torch.arange(self.indices.shape[2], device=self.device)[:, None] * self.tile
+
+        def pairs_above(row: Tensor) -> Tensor:
+            """Count the causal pairs of each block with the rows before ``row``."""
+            rows = (row.clamp(k_len - q_len, k_len) - begin).clamp_min(0)
+            inside = torch.minimum(rows, width)
+            return inside * (inside + 1) // 2 + (rows - inside) * width
+
+        pairs = pairs_above(bottom + self.tile) - pairs_above(bottom)
+        return pairs.masked_fill(~self._listed, 0).sum((-1, -2))
+
     def density(self, length: int) -> Tensor:
         """Return ``[B, G]`` float64: visible pairs over causal pairs of one sequence.
 
@@ -192,16 +226,4 @@ class Blocks:
         """
         if not 1 <= length <= self.capacity:
             raise ValueError(f"length must lie in [1, {self.capacity}], got {length}")
-        begin = self.indices.long() * self.block
-        width = (length - begin).clamp(0, self.block)
-        bottom = torch.arange(self.indices.shape[2], device=self.device)[:, None] * self.tile
-
-        def pairs_above(row: Tensor) -> Tensor:
-            """Count the causal pairs of each block with the rows before ``row``."""
-            rows = (row.clamp_max(length) - begin).clamp_min(0)
-            inside = torch.minimum(rows, width)
-            return inside * (inside + 1) // 2 + (rows - inside) * width
-
-        pairs = pairs_above(bottom + self.tile) - pairs_above(bottom)
-        total = pairs.masked_fill(~self._listed, 0).sum((-1, -2))
-        return total.double() / (length * (length + 1) / 2)
+        return self.visible_pairs(length).double() / (length * (length + 1) / 2)

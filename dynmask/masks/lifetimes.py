@@ -234,9 +234,7 @@ class Lifetimes:
         Raises:
             ValueError: If ``k_len`` is not ``K``, or not ``0 <= q_len <= K``.
         """
-        count = self.expiry.shape[-1]
-        if k_len not in (None, count) or not 0 <= q_len <= count:
-            raise ValueError(f"need q_len <= k_len = {count}, got {q_len} and {k_len}")
+        count = self._checked_length(q_len, k_len)
         return self.slots(count - q_len, count, count)
 
     def slots(self, first: int, last: int, k_len: int) -> Tensor:
@@ -245,12 +243,35 @@ class Lifetimes:
         key = torch.arange(k_len, device=self.device)
         return (key <= row) & (row < self.expiry[..., None, :k_len])
 
+    def visible_pairs(self, q_len: int, k_len: int | None = None) -> Tensor:
+        """Count the (query, key) pairs that the mask shows, without building it.
+
+        Args:
+            q_len: Query rows ``Q``, the last ones of the sequence.
+            k_len: Must be ``K`` if given.
+
+        Returns:
+            ``[B, G]`` int64.
+
+        Raises:
+            ValueError: If ``k_len`` is not ``K``, or not ``0 <= q_len <= K``.
+        """
+        count = self._checked_length(q_len, k_len)
+        slot = torch.arange(count, device=self.device)
+        birth = slot.clamp_min(count - q_len)
+        return (self.expiry.long().clamp_max(count) - birth).clamp_min(0).sum(-1)
+
     def density(self) -> Tensor:
         """Return ``[B, G]`` float64: visible pairs over causal pairs of ``K`` rows."""
         count = self.expiry.shape[-1]
-        slot = torch.arange(count, device=self.device)
-        seen = (self.expiry.clamp_max(count).long() - slot).clamp_min(0).sum(-1)
-        return seen.double() / (count * (count + 1) / 2)
+        return self.visible_pairs(count).double() / (count * (count + 1) / 2)
+
+    def _checked_length(self, q_len: int, k_len: int | None) -> int:
+        """Return ``K``, if the lengths fit."""
+        count = self.expiry.shape[-1]
+        if k_len not in (None, count) or not 0 <= q_len <= count:
+            raise ValueError(f"need q_len <= k_len = {count}, got {q_len} and {k_len}")
+        return count
 
 
 def _check_score(score: Tensor) -> None:

@@ -210,12 +210,12 @@ def test_coverage_is_the_quality_asked_for():
     assert densities == sorted(densities)
     plan = make_plan(model)
     with accelerate(model, plan) as run:
-        policy = run._attached[0].policy
+        policy = run._attached[0].dynamic
         assert policy is not None
         assert policy.settings.coverage == plan.settings.coverage
     # A new target moves the plan's gate too: 1 is above every head's coverage.
     with accelerate(model, plan, coverage=1.0) as run:
-        policy = run._attached[0].policy
+        policy = run._attached[0].dynamic
         assert policy is not None
         assert bool(policy.every.stripes.full_heads.all())
 

@@ -40,6 +40,13 @@ def test_density_counts_what_dense_shows(length, block, tile):
     torch.testing.assert_close(mask.density(length), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 111), (30, 65), (64, 64), (0, 5)])
+@pytest.mark.parametrize(("block", "tile"), [(1, 1), (8, 12), (64, 16)])
+def test_pairs_of_the_last_rows_are_counted(q_len, k_len, block, tile):
+    mask = blocks(2, 3, 111, block=block, tile=tile)
+    assert mask.visible_pairs(q_len, k_len).equal(mask.dense(q_len, k_len).sum((-1, -2)))
+
+
 def test_every_block_is_causal():
     indices = torch.arange(5).expand(1, 1, 4, 5).int()
     mask = Blocks(indices, torch.full((1, 1, 4), 5, dtype=torch.int32), block=7, tile=10)

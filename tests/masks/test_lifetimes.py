@@ -277,6 +277,12 @@ def test_density_counts_what_dense_shows() -> None:
     torch.testing.assert_close(mask.density(), mask.dense(65).sum((-1, -2)).double() / pairs)
 
 
+@pytest.mark.parametrize("q_len", [0, 1, 30, 65])
+def test_pairs_of_the_last_rows_are_counted(q_len: int) -> None:
+    mask = Lifetimes.top(scores("ties", 2, 2, 65, 1), keep=9)
+    assert torch.equal(mask.visible_pairs(q_len), mask.dense(q_len).sum((-1, -2)))
+
+
 def test_last_rows_are_the_end_of_the_matrix() -> None:
     mask = Lifetimes.top(scores("normal", 1, 1, 33, 2), keep=4)
     assert torch.equal(mask.dense(5), mask.dense(33)[:, :, -5:])

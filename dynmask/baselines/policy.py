@@ -1,0 +1,109 @@
+"""What a training-free method is to the engine: for each attention call of a layer, a mask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from dynmask.masks import Mask
+
+
+class Policy(ABC):
+    """A method and its settings: a frozen dataclass, shared by all layers of a model.
+
+    Attributes:
+        name: What the command calls it.
+        paper: Its arXiv number.
+        selects: What it keeps, in a few words.
+        stages: The calls in which it leaves keys out: "prefill", "decode" or both.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    selects: ClassVar[str]
+    stages: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def selector(self, layer: int, layers: int) -> Selector:
+        """Return what chooses the keys of one layer, for one batch of sequences.
+
+        Args:
+            layer: The layer's place, from 0.
+            layers: How many the model has.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, for result files."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+class _End(NamedTuple):
+    """Where a call ended, what it left, and whether it was a single row."""
+
+    at: int
+    state: Any
+    row: bool
+
+
+class Selector(ABC):
+    """Chooses the keys of one layer, call by call.
+
+    Calls come in the order of a generation: a prefill, then chunks and single rows, each over all
+    keys so far. What was chosen before may matter for what comes (evicted keys do not return), so
+    each call goes on from the state that an earlier one left. A generation may go back to the end
+    of its last call or of any chunk (a cropped cache); other places have no state.
+
+    Attributes:
+        batched: Whether a mask can hold the choice of several batch rows; else each row is a call.
+    """
+
+    batched: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._ends = [_End(0, None, row=False)]
+
+    def mask(self, q: Tensor, k: Tensor, *, scale: float) -> Mask | None:
+        """Choose what the rows of one call see.
+
+        Args:
+            q: ``[B, H, Q, D]``; the rows stand at the last ``Q`` of the ``K`` keys.
+            k: ``[B, G, K, D]``, every key so far; whole sequences without padding.
+            scale: Factor of the logits.
+
+        Returns:
+            The mask of these rows over ``K`` key slots; None for plain causal attention. Heads of a
+            mask are kv heads (``G``) or query heads (``H``).
+
+        Raises:
+            ValueError: The call goes back to where no call ended.
+        """
+        q_len, k_len = q.shape[2], k.shape[2]
+        begin = k_len - q_len
+        before = [end for end in self._ends if end.at <= begin]
+        if before[-1].at != begin:
+            ends = ", ".join(str(end.at) for end in self._ends)
+            raise ValueError(
+                f"a call begins at token {begin}, but this method can go on only where a call "
+                f"ended ({ends}): crop the cache to one of these, or start a new prefill"
+            )
+        mask, state = self.choose(q, k, before[-1].state, scale=scale)
+        row = q_len == 1
+        if row and before[-1].row:
+            del before[-1]  # A long generation must not keep the state of every row.
+        self._ends = [*before, _End(k_len, state, row=row)]
+        return mask
+
+    @abstractmethod
+    def choose(self, q: Tensor, k: Tensor, state: Any, *, scale: float) -> tuple[Mask | None, Any]:
+        """Choose as `mask` does, going on from a state; return the mask and the new state.
+
+        Args:
+            q: As in `mask`.
+            k: As in `mask`.
+            state: What the call before returned; None at the start of a sequence. It must not be
+                changed: a generation may come back to it.
+            scale: Factor of the logits.
+        """
