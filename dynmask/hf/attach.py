@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynmask.baselines import Policy
 from dynmask.dam import MaskPlan
 from dynmask.dam.dynamic import Dynamic
 from dynmask.hf import compat
-from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
+from dynmask.hf.attention import Attached, dynmask_attention
+from dynmask.hf.capped import SMALLEST, CappedCache, Lease
+from dynmask.hf.dynamic import LayerPolicy
 from dynmask.hf.fingerprint import check_fingerprint
-from dynmask.hf.keys import KeySlots, key_mask, slots_of
+from dynmask.hf.keys import key_mask
 from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.switch import Switch
-from dynmask.hf.tally import Tally, kind_of
+from dynmask.hf.tally import Tally
 from dynmask.masks import Stripes
-from dynmask.ops import attention, choose
 from dynmask.ops.attention import BACKENDS
 
 NAME = "dynmask"
-DENSE = "transformers sdpa"
 OWN_WINDOW = "own window"
 MODES = ("auto", "dynamic", "static", "dense")
 
@@ -128,11 +126,12 @@ class Run:
         self.mode = mode if policy is None else policy.name
         self.impl = impl
         self._tally = Tally()
-        self._attached: list[_Attached] = []
+        self._lease = Lease()
+        self._attached: list[Attached] = []
         for layer in layers:
             own = OWN_WINDOW if layer.own_window is not None else None
             stripes = _stripes(plan, layer, mode) if own is None else None
-            attached = _Attached(layer, stripes, impl, self._tally, own)
+            attached = Attached(layer, stripes, impl, self._tally, own)
             if own is None and policy is not None:
                 place = len(self._attached), len(layers)
                 attached.policy = PolicyCalls(policy, *place, impl=impl, tally=self._tally)
@@ -169,6 +168,35 @@ class Run:
             vars(attached.layer.module).pop(compat.ATTACHED, None)
         self._switch.undo()
         self._switch = None
+        self._lease.open = False
+
+    def cache(self, max_cache_tokens: int) -> CappedCache:
+        """Make a cache whose memory is bounded, for ``generate(past_key_values=...)``.
+
+        Each kv head of each layer holds at most so many slots (a call's own tokens come on top
+        while it runs). Once a sequence is longer, the keys that its last 64 rows hardly look at are
+        given up: after the prefill, and whenever the slots are full again. A question at the
+        prompt's end so finds what it asks for; one that comes later may ask for what is gone.
+        Left and right padding, beams, assisted decoding and chunks work as with transformers' own
+        caches; `crop` only for tokens since keys were given up last. Rows then run dense over the
+        slots.
+
+        Args:
+            max_cache_tokens: Slots, at least 136: twice the first 4 and the last 64, which stay.
+
+        Raises:
+            ValueError: The number is too small, the run is closed, or it runs another method.
+        """
+        if not isinstance(max_cache_tokens, int) or max_cache_tokens < SMALLEST:
+            raise ValueError(
+                f"max_cache_tokens={max_cache_tokens!r} must be an integer of at least {SMALLEST}: "
+                "the first and the last tokens stay"
+            )
+        if self._switch is None:
+            raise ValueError("this run is closed: call accelerate again")
+        if any(a.policy is not None for a in self._attached):
+            raise ValueError(f"{self.mode!r} chooses keys by itself: use a cache of transformers")
+        return CappedCache(compat.text_config(self.model), max_cache_tokens, self._lease)
 
     def stats(self) -> dict[str, Any]:
         """Tell what ran so far, as plain values.
@@ -219,149 +247,3 @@ def _stripes(plan: MaskPlan | None, layer: compat.AttentionLayer, mode: str) -> 
     if layer.index not in plan.layers:
         return None
     return plan.stripes(layer.index, "dense" if mode == "dynamic" else mode)
-
-
-class _Attached:
-    """What one attention module of an accelerated model needs; hangs on the module itself."""
-
-    def __init__(
-        self,
-        layer: compat.AttentionLayer,
-        stripes: Stripes | None,
-        impl: str,
-        tally: Tally,
-        own: str | None,
-    ):
-        self.layer = layer
-        self.stripes = stripes
-        self.dynamic: LayerPolicy | None = None
-        self.policy: PolicyCalls | None = None
-        self.impl = impl
-        self.tally = tally
-        self.own = own
-        self.striped = stripes is not None and not bool(stripes.full_heads.all())
-        self._copies = None if stripes is None else HeadStripes(stripes)
-
-    @property
-    def sparse(self) -> bool:
-        """Whether the layer may leave keys out."""
-        return self.striped or self.dynamic is not None or self.policy is not None
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        """Refuse to be copied or pickled: a copy would report to this run and end with nobody."""
-        raise ValueError(
-            "the model is inside accelerate(): copy or pickle it before the with block or after it"
-        )
-
-    def chosen(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        slots: KeySlots,
-        kind: str,
-        scale: float | None,
-    ) -> tuple[Tensor, str] | None:
-        """Attend under masks that are chosen from this call; None for a call without them."""
-        if self.policy is not None:
-            return self.policy.attend(query, key, value, slots, kind=kind, scale=scale)
-        if self.dynamic is None or not self.dynamic.applies(slots, query.shape[2]):
-            return None
-        call = LongCall(self.dynamic, kind, scale=scale, impl=self.impl, tally=self.tally)
-        return call.attend(query, key, value, slots)
-
-    def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
-        """Return the stripes over this call's padding, on its device."""
-        started = time.perf_counter()
-        assert self._copies is not None
-        stripes = self._copies.on(device)
-        padding = slots.padding
-        mask = stripes if padding is None else stripes & padding
-        self.tally.add_seconds(time.perf_counter() - started)
-        return mask
-
-
-@torch.compiler.disable
-def dynmask_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    """Attention function that ``accelerate`` registers with transformers.
-
-    Args:
-        module: The attention module; what it needs of the run hangs on it.
-        query: ``[B, H, Q, D]``.
-        key: ``[B, G, K, D]``, or longer with a StaticCache.
-        value: Of the same shape as ``key``.
-        attention_mask: From ``key_mask``: ``[B, K]`` for plain causal attention, else
-            ``[B, 1, Q, K]``. A 4-d mask from the user comes here unchanged.
-        dropout: Probability of dropout.
-        scaling: Factor of the logits, ``D ** -0.5`` by default.
-        is_causal: May only be True or None.
-        **arguments: Further arguments; those that could change the result are refused.
-
-    Returns:
-        ``[B, Q, H, D]`` and None.
-
-    Raises:
-        ValueError: See ``accelerate``.
-    """
-    compat.refuse_unknown_arguments(module, arguments, is_causal=is_causal)
-    attached: _Attached | None = vars(module).get(compat.ATTACHED)
-    window = attached is not None and attached.own is not None
-    q_len = query.shape[2]
-    if window or (attention_mask is not None and attention_mask.ndim == 4):
-        if attached is not None and attached.sparse:
-            raise ValueError(
-                f"layer {attached.layer.index} got an attention mask that is not plain causal "
-                "(packed documents, an overlay, a 4-d attention_mask, or under torch.compile no "
-                "attention_mask, which transformers reads as packed): pass a 2-d attention_mask "
-                'and one document a row, or use mode="dense"'
-            )
-        if attached is not None:
-            k_len = key.shape[2] if attention_mask is None else attention_mask.shape[-1]
-            attached.tally.add(kind_of(q_len, k_len), attached.own or DENSE, attached.layer.index)
-        return compat.sdpa_attention(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
-        )
-    slots = slots_of(attention_mask, key)
-    key, value = key[:, :, : slots.length], value[:, :, : slots.length]
-    kind = kind_of(q_len, slots.length)
-    found = None if attached is None else attached.chosen(query, key, value, slots, kind, scaling)
-    if attached is not None and found is not None:
-        _refuse_dropout(dropout)
-        out, impl = found
-        attached.tally.add(kind, impl, attached.layer.index)
-        return out.transpose(1, 2).contiguous(), None
-    if attached is None or not attached.striped:
-        if attached is not None:
-            attached.tally.add(kind, DENSE, attached.layer.index, _shape(kind, slots, query))
-        return compat.sdpa_attention(
-            module, query, key, value, slots.dense(q_len), dropout=dropout, scaling=scaling
-        )
-    _refuse_dropout(dropout)
-    mask = attached.mask(slots, query.device)
-    impl = attached.impl
-    if impl == "auto":
-        impl = choose(query, key, value, mask)
-    out = attention(query, key, value, mask, scale=scaling, impl=impl)
-    attached.tally.add(kind, impl, attached.layer.index, _shape(kind, slots, query))
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _refuse_dropout(dropout: float) -> None:
-    if dropout > 0:
-        raise ValueError("sparse attention has no dropout: call model.eval() first")
-
-
-def _shape(kind: str, slots: KeySlots, query: Tensor) -> tuple[tuple[int, int], ...]:
-    """Return what a call computed; decode is left out, its shapes differ at every step."""
-    return () if kind == "decode" else slots.sequences(query.shape[2])

@@ -1,0 +1,199 @@
+"""The attention function of accelerated models, and what hangs on each of their modules."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynmask.hf import compat
+from dynmask.hf.capped import capped_layer
+from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
+from dynmask.hf.keys import KeySlots, slots_of
+from dynmask.hf.policy import PolicyCalls
+from dynmask.hf.tally import Tally, kind_of
+from dynmask.masks import Stripes
+from dynmask.ops import attention, choose
+
+DENSE = "transformers sdpa"
+
+
+class Attached:
+    """What one attention module of an accelerated model needs; hangs on the module itself."""
+
+    def __init__(
+        self,
+        layer: compat.AttentionLayer,
+        stripes: Stripes | None,
+        impl: str,
+        tally: Tally,
+        own: str | None,
+    ):
+        self.layer = layer
+        self.stripes = stripes
+        self.dynamic: LayerPolicy | None = None
+        self.policy: PolicyCalls | None = None
+        self.impl = impl
+        self.tally = tally
+        self.own = own
+        self.striped = stripes is not None and not bool(stripes.full_heads.all())
+        self._copies = None if stripes is None else HeadStripes(stripes)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the layer may leave keys out."""
+        return self.striped or self.dynamic is not None or self.policy is not None
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Refuse to be copied or pickled: a copy would report to this run and end with nobody."""
+        raise ValueError(
+            "the model is inside accelerate(): copy or pickle it before the with block or after it"
+        )
+
+    def chosen(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: KeySlots,
+        kind: str,
+        scale: float | None,
+    ) -> tuple[Tensor, str] | None:
+        """Attend under masks that are chosen from this call; None for a call without them."""
+        if self.policy is not None:
+            return self.policy.attend(query, key, value, slots, kind=kind, scale=scale)
+        if self.dynamic is None or not self.dynamic.applies(slots, query.shape[2]):
+            return None
+        call = LongCall(self.dynamic, kind, scale=scale, impl=self.impl, tally=self.tally)
+        return call.attend(query, key, value, slots)
+
+    def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
+        """Return the stripes over this call's padding, on its device."""
+        started = time.perf_counter()
+        assert self._copies is not None
+        stripes = self._copies.on(device)
+        padding = slots.padding
+        mask = stripes if padding is None else stripes & padding
+        self.tally.add_seconds(time.perf_counter() - started)
+        return mask
+
+
+@torch.compiler.disable
+def dynmask_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Attention function that ``accelerate`` registers with transformers.
+
+    Args:
+        module: The attention module; what it needs of the run hangs on it.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, K, D]``, or longer with a StaticCache.
+        value: Of the same shape as ``key``.
+        attention_mask: From ``key_mask``: ``[B, K]`` for plain causal attention, else
+            ``[B, 1, Q, K]``. A 4-d mask from the user comes here unchanged.
+        dropout: Probability of dropout.
+        scaling: Factor of the logits, ``D ** -0.5`` by default.
+        is_causal: May only be True or None.
+        **arguments: Further arguments; those that could change the result are refused.
+
+    Returns:
+        ``[B, Q, H, D]`` and None.
+
+    Raises:
+        ValueError: See ``accelerate``.
+    """
+    compat.refuse_unknown_arguments(module, arguments, is_causal=is_causal)
+    attached: Attached | None = vars(module).get(compat.ATTACHED)
+    capped = capped_layer(key)
+    if attached is None or capped is None:
+        return _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        raise ValueError(
+            f"layer {attached.layer.index} got an attention mask that is not plain causal, and a "
+            "capped cache: pass a 2-d attention_mask, or another cache"
+        )
+    slots = slots_of(attention_mask, key)
+    if capped.evicted:
+        _refuse_dropout(dropout)
+        found, impl = capped.attend(query, slots, scale=scaling, impl=attached.impl)
+        attached.tally.add(
+            kind_of(query.shape[2], slots.length), f"capped {impl}", attached.layer.index
+        )
+        out = found.transpose(1, 2).contiguous()
+    else:
+        out, _ = _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
+    capped.settle(query, slots, scale=scaling)
+    return out, None
+
+
+def _attend(
+    attached: Attached | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> tuple[Tensor, None]:
+    """Attend to keys that are one token each; arguments as in `dynmask_attention`."""
+    window = attached is not None and attached.own is not None
+    q_len = query.shape[2]
+    if window or (attention_mask is not None and attention_mask.ndim == 4):
+        if attached is not None and attached.sparse:
+            raise ValueError(
+                f"layer {attached.layer.index} got an attention mask that is not plain causal "
+                "(packed documents, an overlay, a 4-d attention_mask, or under torch.compile no "
+                "attention_mask, which transformers reads as packed): pass a 2-d attention_mask "
+                'and one document a row, or use mode="dense"'
+            )
+        if attached is not None:
+            k_len = key.shape[2] if attention_mask is None else attention_mask.shape[-1]
+            attached.tally.add(kind_of(q_len, k_len), attached.own or DENSE, attached.layer.index)
+        return compat.sdpa_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
+        )
+    slots = slots_of(attention_mask, key)
+    key, value = key[:, :, : slots.length], value[:, :, : slots.length]
+    kind = kind_of(q_len, slots.length)
+    found = None if attached is None else attached.chosen(query, key, value, slots, kind, scaling)
+    if attached is not None and found is not None:
+        _refuse_dropout(dropout)
+        out, impl = found
+        attached.tally.add(kind, impl, attached.layer.index)
+        return out.transpose(1, 2).contiguous(), None
+    if attached is None or not attached.striped:
+        if attached is not None:
+            attached.tally.add(kind, DENSE, attached.layer.index, _shape(kind, slots, query))
+        return compat.sdpa_attention(
+            module, query, key, value, slots.dense(q_len), dropout=dropout, scaling=scaling
+        )
+    _refuse_dropout(dropout)
+    mask = attached.mask(slots, query.device)
+    impl = attached.impl
+    if impl == "auto":
+        impl = choose(query, key, value, mask)
+    out = attention(query, key, value, mask, scale=scaling, impl=impl)
+    attached.tally.add(kind, impl, attached.layer.index, _shape(kind, slots, query))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_dropout(dropout: float) -> None:
+    if dropout > 0:
+        raise ValueError("sparse attention has no dropout: call model.eval() first")
+
+
+def _shape(kind: str, slots: KeySlots, query: Tensor) -> tuple[tuple[int, int], ...]:
+    """Return what a call computed; decode is left out, its shapes differ at every step."""
+    return () if kind == "decode" else slots.sequences(query.shape[2])
