@@ -26,9 +26,12 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float | None:
         length: tokens of a sequence.
 
     Returns:
-        None where the number of keys follows the content (DMA with a threshold alone).
+        None where it is not known: the keys follow the content (DMA with a threshold), or the type
+        of model attends in another way.
     """
     config: Any = model.config
+    if config.model_type not in ("llama", "dma"):
+        return None
     if getattr(config, "threshold", None) is not None:
         return None
     parameters = sum(p.numel() for p in model.parameters())

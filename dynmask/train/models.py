@@ -9,8 +9,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     set_seed,
@@ -21,9 +25,24 @@ from dynmask.dma import DmaConfig, DmaForCausalLM
 from dynmask.dma.convert import from_doge, from_pretrained_dense
 from dynmask.train.fields import check_names
 from dynmask.train.recipe import Recipe
+from dynmask.train.variants import MobaConfig, MobaForCausalLM, NsaConfig, NsaForCausalLM
 
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "dma": DmaConfig}
-_MODELS: dict[str, type[PreTrainedModel]] = {"llama": LlamaForCausalLM, "dma": DmaForCausalLM}
+_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "dma": DmaConfig,
+    "mistral": MistralConfig,
+    "deepseek_v3": DeepseekV3Config,
+    "nsa": NsaConfig,
+    "moba": MobaConfig,
+}
+_MODELS: dict[str, type[PreTrainedModel]] = {
+    "llama": LlamaForCausalLM,
+    "dma": DmaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "deepseek_v3": DeepseekV3ForCausalLM,
+    "nsa": NsaForCausalLM,
+    "moba": MobaForCausalLM,
+}
 _DENSE_ONLY = "a_std"  # no field of a configuration, but of the conversion of a dense model
 _NOT_OURS = ("model_type", "transformers_version")
 
@@ -60,6 +79,11 @@ def check_model(recipe: Recipe, *, vocab_size: int | None = None, **tokens: int 
 
 def build_model(recipe: Recipe, *, vocab_size: int, **tokens: int | None) -> PreTrainedModel:
     """Make the recipe's model, in fp32.
+
+    Types are those of transformers: ``llama`` for (grouped) multi-head attention, ``mistral`` with
+    ``sliding_window``, ``deepseek_v3`` for multi-head latent attention, here with a plain MLP in
+    every layer unless ``first_k_dense_replace`` says otherwise; and our own ``dma``, ``nsa``
+    (`dynmask.train.variants.NsaConfig`) and ``moba`` (`dynmask.train.variants.MobaConfig`).
 
     Besides the fields of its configuration, ``recipe.model`` may hold ``size``, the name of one of
     the paper's sizes (``dma`` only), or ``from``: a checkpoint of that type, whose weights are
@@ -143,6 +167,10 @@ def _fresh(
     tokens: dict[str, int | None],
 ) -> PreTrainedConfig:
     made = {"vocab_size": vocab_size, "bos_token_id": None, **tokens, **fields}
+    if kind == "deepseek_v3":
+        # Its own defaults are for 128 heads, and put experts into all layers but three.
+        layers = made.get("num_hidden_layers", DeepseekV3Config().num_hidden_layers)
+        made = {"num_key_value_heads": None, "first_k_dense_replace": layers, **made}
     return DmaConfig.named(size, **made) if size else _CONFIGS[kind](**made)
 
 

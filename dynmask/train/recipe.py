@@ -21,7 +21,7 @@ from dynmask.train.sections import (
     WarmupStableDecay,
 )
 
-MODELS = ("llama", "dma")
+MODELS = ("llama", "dma", "mistral", "deepseek_v3", "nsa", "moba")
 """Types of models; see `dynmask.train.models`."""
 
 
@@ -43,8 +43,8 @@ class Recipe:
     """Everything that decides a run, apart from the text itself.
 
     Attributes:
-        model: ``type``, ``"llama"`` or ``"dma"``, and fields of that type's configuration; see
-            `dynmask.train.models.build_model` for ``size`` and ``from``.
+        model: ``type``, one of `MODELS`, and fields of that type's configuration; see
+            `dynmask.train.models.build_model` for these, ``size`` and ``from``.
         data: what to train on.
         phases: the curriculum of lengths.
         tokens_per_step: tokens of one optimizer step, over all devices.
