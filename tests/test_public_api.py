@@ -22,6 +22,10 @@ PUBLIC = {
         Settings amplify check_writable describe_data dynamic_attention gate_heads match preview
         true_mask
     """,
+    "dynmask.baselines": """
+        H2O InfLLM METHODS MixtureOfBlockAttention MoA NativeSparseAttention Policy Quest Selector
+        SlidingWindow SnapKV StreamingLLM TopK TopP VerticalSlash XAttention
+    """,
     "dynmask.hf": """
         Run accelerate calibrate check_fingerprint fingerprint
     """,
@@ -33,7 +37,7 @@ PUBLIC = {
         TEXTS load_model load_texts load_tokenizer model_folder
     """,
     "dynmask.eval": """
-        Part Result TABLE_HEAD is_eval_word longeval needle perplexity recall wilson
+        Part Result TABLE_HEAD is_eval_word keyvalue longeval needle perplexity recall ruler wilson
     """,
 }
 each_module = pytest.mark.parametrize("name", PUBLIC)

@@ -24,7 +24,7 @@ COMMANDS = {
     "demo": "calibrate the embedded model, measure full and sparse attention, write a report",
     "calibrate": "make a mask plan for a model from texts",
     "inspect": "show what is in a plan",
-    "eval": "measure a model, sparse or not: longeval, needle, recall, perplexity",
+    "eval": "measure a model, sparse or not: retrieval tasks, perplexity",
     "bench": "measure the engine against the fastest dense kernel, after a correctness check",
     "train": "train a model, dense or DMA, from a recipe",
     "report": "write a plan and results as one HTML page",

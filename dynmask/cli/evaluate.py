@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynmask.cli import OK, add_common
 from dynmask.cli.console import Output, Report
 from dynmask.cli.inputs import Loaded, add_model_arguments, check_writable, load, read_texts
+from dynmask.cli.methods import add_cache_arguments, add_method_arguments, policy_of
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from dynmask.hf import Run
+
+#: Written out, so that the parser need not import torch; a test compares them with the tasks'.
+RULER_KINDS = (
+    *("single_1", "single_2", "single_3", "multikey", "multikey_2", "multikey_3"),
+    *("multivalue", "multiquery", "vt", "fwe"),
+)
+RECALL_KINDS = ("lines", "minference", "ruler", "multikey", "multikey_2", "vt", "keyvalue")
+PAIR_FORMS = ("uuid", "digits", "words")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand for each task, with that task's options."""
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     lines = _task(tasks, "longeval", "find the number of a line in a record of lines")
+    add_cache_arguments(lines)
     lines.add_argument("--lines", type=int, default=200, help="lines of a record; default 200")
     lines.add_argument("--n", type=int, default=50, help="questions in all; default 50")
     lines.add_argument(
@@ -25,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lines.add_argument("--cases", metavar="FILE", help="an official *_lines.jsonl file to read")
 
     needle = _task(tasks, "needle", "find a number hidden in running text")
+    add_cache_arguments(needle)
     needle.add_argument("--length", type=int, default=8192, help="tokens of a prompt; default 8192")
     needle.add_argument("--n", type=int, default=50, help="questions in all; default 50")
     needle.add_argument(
@@ -34,9 +51,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needle.add_argument("--form", choices=["minference", "ruler"], default="minference")
     _add_texts(needle)
 
-    recall = _task(tasks, "recall", "find numbers from questions in the middle of a prompt")
-    recall.add_argument("--kind", choices=["lines", "minference", "ruler"], default="lines")
+    ruler = _task(tasks, "ruler", "RULER's tasks: needles among others, chains of names, counting")
+    add_cache_arguments(ruler)
+    _add_kind(ruler, RULER_KINDS, default="multikey")
+    ruler.add_argument("--length", type=int, default=8192, help="tokens of a prompt; default 8192")
+    ruler.add_argument("--n", type=int, default=50, help="questions in all; default 50")
+    ruler.add_argument(
+        "--questions",
+        type=int,
+        default=1,
+        help="questions that share a prefill; default 1, as published; more are also harder",
+    )
+    ruler.add_argument("--seed", type=int, default=0, help="default 0")
+    _add_texts(ruler)
+
+    pairs = _task(tasks, "keyvalue", "find the value of a key in a JSON object")
+    add_cache_arguments(pairs)
+    _add_pairs(pairs, default="uuid")
+    pairs.add_argument("--n", type=int, default=50, help="questions in all; default 50")
+    pairs.add_argument(
+        "--questions", type=int, default=10, help="questions that share a prefill; default 10"
+    )
+    pairs.add_argument("--seed", type=int, default=0, help="default 0")
+
+    recall = _task(tasks, "recall", "find facts from questions in the middle of a prompt")
+    _add_kind(recall, RECALL_KINDS, default="lines")
     recall.add_argument("--lines", type=int, default=200, help="lines of a record; default 200")
+    _add_pairs(recall, default="digits")
     recall.add_argument(
         "--length", type=int, default=8192, help="tokens of a prompt with a haystack; default 8192"
     )
@@ -65,7 +106,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     from dynmask.report.measure import Cost, quality_row, running
     from dynmask.report.results import Results
 
-    mode = _mode(arguments)
+    policy = policy_of(arguments)
+    mode = _mode(arguments) if policy is None else policy.name
     target = check_writable(arguments.out) if arguments.out else None
     plan = None
     if arguments.plan:
@@ -73,10 +115,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
         plan = MaskPlan.load(arguments.plan)
     loaded = load(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    attached = running(loaded.model, plan, mode, arguments.coverage)
+    attached = running(loaded.model, plan, mode, arguments.coverage, policy=policy)
     with output.progress(arguments.task) as progress, attached as active:
-        result = _evaluate(arguments, loaded, progress)
+        result = _evaluate(arguments, loaded, _cache(arguments, active), progress)
         row = quality_row(result, mode, Cost.of(loaded.model, active))
+    row.settings.update(_protocol(arguments), **({} if policy is None else policy.settings()))
     results = Results(
         model=loaded.name,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,9 +130,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if target:
         results.save(target)
     print_results(output, results)
+    if row.density == 1 and mode in ("dynamic", "auto"):
+        output.say("note: nothing was left out; prompts this short run dense in this mode")
     for name, value in result.metrics.items():
         output.say(f"{name.replace('_', ' ')}: {value:,.6g}", style="dim")
-    output.finish({**results.to_dict(), "parts": result.to_json()["parts"]})
+    document = result.to_json()
+    output.finish({**results.to_dict(), "parts": document["parts"], "metrics": document["metrics"]})
     return OK
 
 
@@ -109,6 +155,7 @@ def _task(tasks: Any, name: str, line: str) -> argparse.ArgumentParser:
         type=float,
         help="quality of dynamic masks and of the plan's gate; default 0.98, or the plan's own",
     )
+    add_method_arguments(parser)
     parser.add_argument("--out", metavar="FILE.json", help="write the results for 'dynmask report'")
     add_common(parser, default=argparse.SUPPRESS)
     return parser
@@ -123,18 +170,67 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_kind(parser: argparse.ArgumentParser, kinds: Sequence[str], *, default: str) -> None:
+    # All kinds in braces, as argparse would show them, are one word of more than a line.
+    parser.add_argument(
+        "--kind",
+        choices=kinds,
+        default=default,
+        metavar="KIND",
+        help=f"{', '.join(kinds)}; default {default}",
+    )
+
+
+def _add_pairs(parser: argparse.ArgumentParser, *, default: str) -> None:
+    parser.add_argument("--pairs", type=int, default=75, help="pairs of an object; default 75")
+    parser.add_argument(
+        "--form",
+        choices=PAIR_FORMS,
+        default=default,
+        help="keys and values: uuid as published, digits four each, words and four digits; "
+        f"default {default}",
+    )
+
+
 def _mode(arguments: argparse.Namespace) -> str:
     mode = arguments.mode or ("auto" if arguments.plan else "full")
     if mode in ("static", "dense") and not arguments.plan:
         raise ValueError(f"--mode {mode} needs --plan FOLDER; --mode dynamic runs without one")
     if mode == "full" and arguments.plan:
         raise ValueError("--mode full runs without a plan; leave --plan out, or use --mode dense")
+    if mode == "full" and getattr(arguments, "max_cache_tokens", None) is not None:
+        raise ValueError("--max-cache-tokens is for accelerated models; add --mode dynamic")
     if mode == "full" and arguments.coverage is not None:
         raise ValueError("--coverage is for dynamic masks and plans; add --mode dynamic")
     return str(mode)
 
 
-def _evaluate(arguments: argparse.Namespace, loaded: Loaded, progress: Report) -> Any:
+def _cache(arguments: argparse.Namespace, run: Run | None) -> Callable[[], Cache] | None:
+    """Return what makes a cache for each question; None where questions share a prompt."""
+    cap = getattr(arguments, "max_cache_tokens", None)
+    if cap is not None:
+        assert run is not None
+        run.cache(cap)  # Says what is wrong with it before anything is computed.
+        return lambda: run.cache(cap)
+    if getattr(arguments, "whole", False):
+        from transformers import DynamicCache
+
+        return DynamicCache
+    return None
+
+
+def _protocol(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return how prompts and questions met, as far as it was asked for."""
+    asked = {name: getattr(arguments, name, None) for name in ("whole", "max_cache_tokens")}
+    return {name: value for name, value in asked.items() if value}
+
+
+def _evaluate(
+    arguments: argparse.Namespace,
+    loaded: Loaded,
+    cache: Callable[[], Cache] | None,
+    progress: Report,
+) -> Any:
     from dynmask import eval as tasks
 
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -148,6 +244,7 @@ def _evaluate(arguments: argparse.Namespace, loaded: Loaded, progress: Report) -
             seed=arguments.seed,
             form=arguments.form,
             cases=arguments.cases,
+            cache=cache,
             progress=progress,
         )
     if arguments.task == "needle":
@@ -160,6 +257,32 @@ def _evaluate(arguments: argparse.Namespace, loaded: Loaded, progress: Report) -
             needles=arguments.needles,
             seed=arguments.seed,
             form=arguments.form,
+            cache=cache,
+            progress=progress,
+        )
+    if arguments.task == "ruler":
+        return tasks.ruler(
+            model,
+            tokenizer,
+            _texts(arguments, "haystack"),
+            kind=arguments.kind,
+            length=arguments.length,
+            n=arguments.n,
+            questions=arguments.questions,
+            seed=arguments.seed,
+            cache=cache,
+            progress=progress,
+        )
+    if arguments.task == "keyvalue":
+        return tasks.keyvalue(
+            model,
+            tokenizer,
+            pairs=arguments.pairs,
+            n=arguments.n,
+            questions=arguments.questions,
+            seed=arguments.seed,
+            form=arguments.form,
+            cache=cache,
             progress=progress,
         )
     if arguments.task == "recall":
@@ -169,6 +292,8 @@ def _evaluate(arguments: argparse.Namespace, loaded: Loaded, progress: Report) -
             _texts(arguments, "haystack"),
             kind=arguments.kind,
             lines=arguments.lines,
+            pairs=arguments.pairs,
+            form=arguments.form,
             length=arguments.length,
             n=arguments.n,
             questions=arguments.questions,

@@ -8,6 +8,7 @@ import lzma
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,10 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
 def _from_transformers(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import dynmask.dma  # Makes its models known to transformers, as the next does.
+
+    with suppress(ImportError):  # They come with the training extra.
+        import dynmask.train.variants  # noqa: F401
     if name.startswith((".", "~", os.sep)) and not Path(name).expanduser().is_dir():
         raise ValueError(f"--model {name}: there is no such folder")
     try:

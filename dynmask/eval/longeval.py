@@ -21,7 +21,7 @@ from dynmask.eval.runner import Progress, Prompt, ask, encode, encode_prefix
 from dynmask.eval.words import sample_pairs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ def longeval(
     seed: int = 0,
     form: str = "completion",
     cases: str | Path | None = None,
+    cache: Callable[[], Cache] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Accuracy of finding a line's number in a record of lines.
@@ -173,6 +174,8 @@ def longeval(
             ``"official"`` or ``"base"`` (the last integer in the output must match).
         cases: an official ``*_lines.jsonl`` file to read instead of generating records; one
             question a case.
+        cache: makes a cache for each question, which is then read whole with its prompt: for
+            caches and methods that look at the question to decide what they keep.
         progress: called after each question.
 
     Returns:
@@ -202,6 +205,7 @@ def longeval(
         max_new_tokens=rule.max_new_tokens,
         stop=rule.stop,
         title=f"LongEval {records[0].lines} lines",
+        cache=cache,
         progress=progress,
     )
     seconds = time.perf_counter() - start

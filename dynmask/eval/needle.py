@@ -21,7 +21,7 @@ from dynmask.eval.runner import Progress, Prompt, ask, context_length, encode, e
 from dynmask.eval.words import sample_pairs, sample_words
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 32
 """Tokens of an answer; they count towards `length`."""
@@ -128,12 +128,12 @@ def make_haystack(
     numbers = rng.sample(range(1_000_000, 10_000_000), needles)
     depths = [(i + rng.random()) / needles for i in range(needles)]
     strings = [rule.needle(key, number) for key, number in zip(keys, numbers, strict=True)]
-    material = _material(texts, rng)
+    material = running_text(texts, rng)
     question = max(len(encode(tokenizer, rule.question(key))) for key in keys)
     room = length - MAX_NEW_TOKENS - question
     budget = room - sum(len(encode(tokenizer, text)) for text in [rule.header, *strings])
     while budget > 0:
-        bare = _cut(tokenizer, material, budget)
+        bare = cut_to(tokenizer, material, budget)
         text, places = place(bare, strings, depths)
         ids = encode_prefix(tokenizer, rule.header + text)
         if len(ids) <= room:
@@ -157,6 +157,7 @@ def needle(
     needles: int = 5,
     seed: int = 0,
     form: str = "minference",
+    cache: Callable[[], Cache] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Accuracy of finding a number that is hidden in running text.
@@ -174,6 +175,8 @@ def needle(
             holds as many but is asked for fewer if `n` is not a multiple.
         seed: of haystacks, keys, numbers and depths.
         form: ``"minference"`` or ``"ruler"``.
+        cache: makes a cache for each question, which is then read whole with its prompt: for
+            caches and methods that look at the question to decide what they keep.
         progress: called after each question.
 
     Returns:
@@ -213,6 +216,7 @@ def needle(
         max_new_tokens=MAX_NEW_TOKENS,
         stop=("\n",),
         title=f"needles in {length} tokens",
+        cache=cache,
         progress=progress,
     )
     seconds = time.perf_counter() - start
@@ -239,7 +243,7 @@ def needle(
     return accuracy_result("needle", rows, seconds=seconds, settings=settings)
 
 
-def _material(texts: Sequence[str], rng: random.Random) -> str:
+def running_text(texts: Sequence[str], rng: random.Random) -> str:
     """All texts end to end, turned so that it starts after a random sentence."""
     if not any(text.strip() for text in texts):
         raise ValueError("texts is empty: give at least one text to cut haystacks from")
@@ -249,7 +253,7 @@ def _material(texts: Sequence[str], rng: random.Random) -> str:
     return "\n\n".join([texts[first][start:], *later, texts[first][:start]]).strip()
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
+def cut_to(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
     """The start of `text` that has `tokens` tokens, less a character split at its end."""
     characters = 8 * tokens
     while True:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,7 +117,12 @@ def perplexity(
 
     Returns:
         Token perplexity; by position; metrics ``nll`` (nats a token), ``bits_per_byte``,
-        ``word_perplexity``, ``tokens``, ``words``, ``bytes``; one row for each window.
+        ``word_perplexity``, ``tokens``, ``words``, ``bytes``; one row for each window. For the
+        positions 0 to 1K, 1K to 2K, 2K to 4K and so on, doubling, there are three more metrics and
+        one more figure in each row: ``nll_1K-2K`` is the mean loss, ``nll_1K-2K_error`` its
+        standard error over the windows (from two windows on), ``tokens_1K-2K`` how many tokens were
+        predicted. The scatter of windows is mostly that of the texts; compare two runs on the same
+        windows by the differences of their rows.
 
     Raises:
         ValueError: a setting is out of its range, `length` is over the model's context, or the
@@ -145,6 +150,7 @@ def perplexity(
     nll = torch.stack(losses)  # [windows, length - 1]; column i predicts position i + 1
     means = nll.mean(1).tolist()
     mean = statistics.fmean(means)
+    octaves = _by_octave(nll)
     return Result(
         task="perplexity",
         metric="perplexity",
@@ -162,6 +168,7 @@ def perplexity(
             "tokens": tokens,
             "words": words,
             "bytes": size,
+            **_octave_metrics(octaves),
         },
         rows=tuple(
             {
@@ -169,8 +176,9 @@ def perplexity(
                 "window": window.index,
                 "nll": value,
                 "perplexity": math.exp(value),
+                **{f"nll_{label}": losses[row] for label, (_, losses) in octaves.items()},
             }
-            for window, value in zip(cut, means, strict=True)
+            for row, (window, value) in enumerate(zip(cut, means, strict=True))
         ),
     )
 
@@ -206,11 +214,38 @@ def _by_position(nll: Tensor, bucket: int) -> Iterator[Part]:
     length = nll.shape[1] + 1
     for start in range(0, length, bucket):
         stop = min(start + bucket, length)
-        part = nll[:, max(start - 1, 0) : stop - 1]
+        part = _between(nll, start, stop)
         if part.numel():
             yield Part(
                 f"{_short(start)}-{_short(stop)}", part.numel(), math.exp(part.mean().item())
             )
+
+
+def _by_octave(nll: Tensor) -> dict[str, tuple[int, list[float]]]:
+    """For the positions 0 to 1K, 1K to 2K, ...: predicted tokens, and each window's mean loss."""
+    length, start, stop = nll.shape[1] + 1, 0, 1024
+    octaves = {}
+    while start < length:
+        end = min(stop, length)
+        part = _between(nll, start, end)
+        octaves[f"{_short(start)}-{_short(end)}"] = (part.numel(), part.mean(1).tolist())
+        start, stop = stop, 2 * stop
+    return octaves
+
+
+def _octave_metrics(octaves: Mapping[str, tuple[int, Sequence[float]]]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for label, (tokens, losses) in octaves.items():
+        metrics[f"nll_{label}"] = statistics.fmean(losses)
+        if len(losses) > 1:
+            metrics[f"nll_{label}_error"] = statistics.stdev(losses) / math.sqrt(len(losses))
+        metrics[f"tokens_{label}"] = tokens
+    return metrics
+
+
+def _between(nll: Tensor, start: int, stop: int) -> Tensor:
+    """The losses of the tokens at positions `start` to `stop` - 1; position 0 has none."""
+    return nll[:, max(start - 1, 0) : stop - 1]
 
 
 def _short(tokens: int) -> str:

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynmask.eval.quizzes import KINDS, Quiz, line_quizzes, needle_quizzes
+from dynmask.eval.needle import FORMS
+from dynmask.eval.quizzes import (
+    KINDS,
+    Quiz,
+    line_quizzes,
+    needle_quizzes,
+    pair_quizzes,
+    ruler_quizzes,
+)
 from dynmask.eval.result import Result, accuracy_result
 from dynmask.eval.runner import (
     Progress,
@@ -37,6 +45,8 @@ def recall(
     *,
     kind: str = "lines",
     lines: int = 200,
+    pairs: int = 75,
+    form: str = "digits",
     length: int = 8192,
     n: int = 50,
     questions: int = 10,
@@ -44,7 +54,7 @@ def recall(
     filler: int = 512,
     progress: Progress | None = None,
 ) -> Result:
-    """Accuracy of finding numbers from rows in the middle of a prefill.
+    """Accuracy of finding facts from rows in the middle of a prefill.
 
     A question is right if at each place of its answer the model's most likely token is the
     answer's, given all that stands before it. That is what greedy decoding would give, since a
@@ -55,12 +65,18 @@ def recall(
         tokenizer: the model's tokenizer.
         texts: what haystacks and filler are cut from; no text that the model was trained on.
         kind: ``"lines"`` (a record as in `longeval`; the number and the ``>`` after it must match),
-            ``"minference"`` or ``"ruler"`` (a haystack as in `needle`; the number must match).
+            ``"minference"`` or ``"ruler"`` (a haystack as in `needle`; the number must match),
+            ``"multikey"``, ``"multikey_2"`` or ``"vt"`` (a haystack as in `ruler`; the number, or
+            the five names in the order of their chain, must match), ``"keyvalue"`` (an object as in
+            `keyvalue`; the value and the quotes around it must match).
         lines: lines of a record; 200 are about 5,000 tokens with questions and filler. Only for
             ``"lines"``.
-        length: tokens of a prompt, at most. Not for ``"lines"``.
+        pairs: pairs of an object. Only for ``"keyvalue"``.
+        form: ``"uuid"``, ``"digits"`` or ``"words"``, see `keyvalue`. Only for ``"keyvalue"``.
+        length: tokens of a prompt, at most. Not for ``"lines"`` and ``"keyvalue"``.
         n: questions in all; 95 % interval about +-14 points at 50, +-4.4 at 500.
-        questions: questions of one prompt; in a haystack as many needles are hidden.
+        questions: questions of one prompt; a haystack hides as many needles, or so many times what
+            `ruler` hides for one question.
         seed: of records, haystacks, keys, numbers, order of the questions, and filler.
         filler: tokens of text after the last answer. Take several times as many as the attention
             under test treats apart at the end of a prompt.
@@ -69,7 +85,7 @@ def recall(
     Returns:
         Accuracy with Wilson's 95 % interval, by ten bins of the fact's depth, and one row for each
         question, whose ``place`` is that of its answer in the prompt. ``settings["length"]`` is
-        the longest prompt's if `kind` is ``"lines"``.
+        the longest prompt's if `kind` is ``"lines"`` or ``"keyvalue"``.
 
     Raises:
         ValueError: a setting is out of its range, a prompt does not fit the model's context, or
@@ -80,12 +96,16 @@ def recall(
     settings: dict[str, Any] = {"questions": questions, "seed": seed, "filler": filler}
     if kind == "lines":
         quizzes = line_quizzes(tokenizer, texts, lines=lines, n=n, **settings)
-        longest = max(len(quiz.ids) for quiz in quizzes)
-        _check_context(model, longest)
-        settings |= {"lines": lines, "length": longest}
+        settings |= {"lines": lines, "length": _longest(model, quizzes)}
+    elif kind == "keyvalue":
+        quizzes = pair_quizzes(tokenizer, texts, form=form, pairs=pairs, n=n, **settings)
+        settings |= {"form": form, "pairs": pairs, "length": _longest(model, quizzes)}
     else:
         _check_context(model, length)
-        quizzes = needle_quizzes(tokenizer, texts, form=kind, length=length, n=n, **settings)
+        if kind in FORMS:
+            quizzes = needle_quizzes(tokenizer, texts, form=kind, length=length, n=n, **settings)
+        else:
+            quizzes = ruler_quizzes(tokenizer, texts, kind=kind, length=length, n=n, **settings)
         settings |= {"length": length}
     answers = []
     done = 0
@@ -133,10 +153,16 @@ def most_likely(model: PreTrainedModel, quiz: Quiz) -> list[list[int]]:
     return [[next(best) for _ in range(start, stop)] for start, stop in quiz.spans]
 
 
+def _longest(model: PreTrainedModel, quizzes: Sequence[Quiz]) -> int:
+    longest = max(len(quiz.ids) for quiz in quizzes)
+    _check_context(model, longest)
+    return longest
+
+
 def _check_context(model: PreTrainedModel, length: int) -> None:
     limit = context_length(model)
     if limit is not None and length > limit:
         raise ValueError(
             f"length={length} of the longest prompt is over the model's context of {limit} tokens: "
-            f"take fewer lines, a smaller length, fewer questions or less filler"
+            f"take fewer lines or pairs, a smaller length, fewer questions or less filler"
         )

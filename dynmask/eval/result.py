@@ -94,7 +94,7 @@ TABLE_HEAD = ("task", "n", "tokens", "score", "95 % interval", "seconds")
 """Headings for `Result.table_row`."""
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson(correct: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion.
 
     ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`` with p = correct / n and z = 1.96.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, text)`` after each step."""
@@ -85,26 +85,25 @@ class Prefill:
     """A prefix read once, ready for any number of questions.
 
     Args:
-        model: any causal language model of transformers whose cache is keys and values.
+        model: any causal language model of transformers whose cache is keys and values, or a DMA
+            model.
         prefix: token ids, read whole in one forward.
+        cache: what the tokens go into; by default one that can be cropped back to the prefix.
 
     Raises:
         ValueError: the prefix is empty.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: Sequence[int]) -> None:
-        from transformers import DynamicCache
-
+    def __init__(
+        self, model: PreTrainedModel, prefix: Sequence[int], *, cache: Cache | None = None
+    ) -> None:
         if not prefix:
             raise ValueError("prefix is empty: give at least one token")
         self._model = model
         self._length = len(prefix)
-        # Built without the configuration: every layer then keeps all its keys, so that
-        # sliding-window layers, too, can be cropped back. The model's mask still hides what lies
-        # outside the window.
-        self._cache = DynamicCache()
+        self._cache = croppable_cache(model) if cache is None else cache
         self._last_only = logits_for_last(model)
-        self._forward(prefix)
+        self._next = self._forward(prefix)
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
         output = self._model(
@@ -115,15 +114,20 @@ class Prefill:
         )
         return output.logits[0, -1]
 
-    def _crop(self) -> None:
-        self._cache.crop(self._length - self._cache.get_seq_length())
+    @contextmanager
+    def _cropped(self) -> Iterator[None]:
+        """Take the tokens of the block out of the cache after it."""
+        if self._model.config.model_type == "dma":
+            self._cache.activate_past_recording()  # Else it would evict for good.
+        try:
+            yield
+        finally:
+            self._cache.crop(self._length - self._cache.get_seq_length())
 
     def logits(self, question: Sequence[int]) -> Tensor:
         """The logits of the token after prefix and question, [V]."""
-        try:
+        with self._cropped():
             return self._forward(question)
-        finally:
-            self._crop()
 
     def greedy(
         self, question: Sequence[int], *, max_new_tokens: int, done: Callable[[list[int]], bool]
@@ -137,18 +141,42 @@ class Prefill:
         """
         if not question:
             raise ValueError("question is empty: give at least one token")
+        with self._cropped():
+            return self._decode(self._forward(question), max_new_tokens, done)
+
+    def go_on(self, *, max_new_tokens: int, done: Callable[[list[int]], bool]) -> list[int]:
+        """The tokens that greedy decoding puts after the prefix, which stay in the cache.
+
+        Args:
+            max_new_tokens: stop after this many.
+            done: called with the tokens so far after each; True stops.
+        """
+        return self._decode(self._next, max_new_tokens, done)
+
+    def _decode(
+        self, logits: Tensor, max_new_tokens: int, done: Callable[[list[int]], bool]
+    ) -> list[int]:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         tokens: list[int] = []
-        try:
-            logits = self._forward(question)
-            while True:
-                tokens.append(int(logits.argmax()))
-                if len(tokens) == max_new_tokens or done(tokens):
-                    return tokens
-                logits = self._forward(tokens[-1:])
-        finally:
-            self._crop()
+        while True:
+            tokens.append(int(logits.argmax()))
+            if len(tokens) == max_new_tokens or done(tokens):
+                return tokens
+            logits = self._forward(tokens[-1:])
+
+
+def croppable_cache(model: PreTrainedModel) -> Cache:
+    """A new cache that `Prefill` can crop back: a `LifetimeCache` for DMA models."""
+    from transformers import DynamicCache
+
+    if model.config.model_type == "dma":
+        from dynmask.dma import LifetimeCache
+
+        return LifetimeCache(model.config)
+    # Built without the configuration: every layer then keeps all its keys, so that sliding-window
+    # layers, too, can be cropped back. The model's mask still hides what lies outside the window.
+    return DynamicCache()
 
 
 def logits_for_last(model: PreTrainedModel) -> dict[str, Any]:
@@ -165,6 +193,7 @@ def ask(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     title: str = "questions",
+    cache: Callable[[], Cache] | None = None,
     progress: Progress | None = None,
 ) -> list[list[str]]:
     """Answer every question of every prompt greedily.
@@ -177,6 +206,8 @@ def ask(
         stop: strings that end an answer, looked for after its leading white space; the answer
             includes them. The model's and the tokenizer's end-of-sequence tokens always end it.
         title: what `progress` is told.
+        cache: makes a cache for each question, which is then read together with its prefix in one
+            forward: for caches that look at the question to decide what they keep.
         progress: called after each question.
 
     Returns:
@@ -207,10 +238,15 @@ def ask(
     asked = 0
     with evaluating(model):
         for prompt in prompts:
-            prefill = Prefill(model, prompt.prefix)
+            prefill = Prefill(model, prompt.prefix) if cache is None else None
             answers.append([])
             for question in prompt.questions:
-                tokens = prefill.greedy(question, max_new_tokens=max_new_tokens, done=done)
+                if prefill is not None:
+                    tokens = prefill.greedy(question, max_new_tokens=max_new_tokens, done=done)
+                else:
+                    assert cache is not None
+                    alone = Prefill(model, [*prompt.prefix, *question], cache=cache())
+                    tokens = alone.go_on(max_new_tokens=max_new_tokens, done=done)
                 answers[-1].append(text(tokens))
                 asked += 1
                 if progress is not None:

@@ -14,6 +14,7 @@ import torch
 from dynmask.report.results import QualityRow, SpeedRow
 
 if TYPE_CHECKING:
+    from dynmask.baselines import Policy
     from dynmask.dam import MaskPlan
     from dynmask.eval import Result
     from dynmask.hf import Run
@@ -22,19 +23,28 @@ Progress = Callable[[int, int, str], None]
 
 
 def running(
-    model: Any, plan: MaskPlan | None, mode: str, coverage: float | None = None
+    model: Any,
+    plan: MaskPlan | None,
+    mode: str,
+    coverage: float | None = None,
+    *,
+    policy: Policy | None = None,
 ) -> AbstractContextManager[Run | None]:
     """Return a context in which `model` runs in `mode`; ``"full"`` leaves the model as it is.
+
+    With a policy it runs under that method, whatever the mode.
 
     The context's value is the run, or None for ``"full"``.
 
     Raises:
         ValueError: See `dynmask.accelerate`.
     """
-    if mode == "full":
-        return nullcontext()
     from dynmask.hf import accelerate
 
+    if policy is not None:
+        return accelerate(model, policy=policy)
+    if mode == "full":
+        return nullcontext()
     return accelerate(model, plan, mode=mode, coverage=coverage)
 
 
@@ -79,12 +89,16 @@ def quality_row(result: Result, mode: str, cost: Cost) -> QualityRow:
 
 def title(result: Result) -> str:
     """Return the task's name with its size, as tables show it."""
-    if result.task == "longeval":
-        return f"LongEval, {result.settings['lines']} lines"
-    if "lines" in result.settings:
-        return f"Recall, {result.settings['lines']} lines"
+    settings = result.settings
+    if "lines" in settings:
+        return f"{'LongEval' if result.task == 'longeval' else 'Recall'}, {settings['lines']} lines"
+    if "pairs" in settings:
+        name = "Key-value" if result.task == "keyvalue" else "Recall key-value"
+        return f"{name} {settings['form']}, {settings['pairs']} pairs"
+    if result.task == "ruler":
+        return f"RULER {settings['kind']}, {settings['length']} tokens"
     name = result.task.capitalize() if result.task != "needle" else "Needles"
-    return f"{name}, {result.settings['length']} tokens"
+    return f"{name}, {settings['length']} tokens"
 
 
 def baseline_name(model: Any) -> str:

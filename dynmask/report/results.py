@@ -27,7 +27,8 @@ class QualityRow:
 
     Attributes:
         task: Name of the task, as in ``Result.task``.
-        mode: ``"full"`` (the model's own attention) or one of `dynmask.accelerate`.
+        mode: ``"full"`` (the model's own attention), one of `dynmask.accelerate`, or the name of a
+            method of `dynmask.baselines`.
         metric: ``"accuracy"`` (0 to 1, more is better) or ``"perplexity"`` (less is better).
         score: The measured value.
         interval: 95 % interval of the score, or None where the task gives none.

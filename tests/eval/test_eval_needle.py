@@ -135,14 +135,14 @@ def test_impossible_settings(llama, tokenizer, book, settings, message):
 
 def test_haystack_fits_when_the_first_cut_is_too_long(tokenizer, book, monkeypatch):
     """As with a tokenizer whose joints cost tokens: the cut must shrink until the prompt fits."""
-    cut = module._cut
+    cut = module.cut_to
     budgets = []
 
     def too_long(tokenizer, text, tokens):
         budgets.append(tokens)
         return cut(tokenizer, text, tokens + 40 // len(budgets))
 
-    monkeypatch.setattr(module, "_cut", too_long)
+    monkeypatch.setattr(module, "cut_to", too_long)
     hay = make_haystack(tokenizer, book, length=600, needles=2, rng=random.Random(0))
     assert len(budgets) > 1
     assert budgets == sorted(set(budgets), reverse=True)

@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -153,6 +154,47 @@ def test_rows_interval_and_progress(llama, tokenizer, book):
 def test_labels_in_thousands(llama, tokenizer, book):
     result = perplexity(llama, tokenizer, book, length=2048, windows=1)
     assert [part.label for part in result.parts] == ["0-1K", "1K-2K"]
+
+
+@pytest.mark.parametrize(
+    ("length", "edges"),
+    [
+        (111, [0, 111]),
+        (1024, [0, 1024]),
+        (1025, [0, 1024, 1025]),
+        (5001, [0, 1024, 2048, 4096, 5001]),
+    ],
+)
+def test_losses_by_octave(llama, tokenizer, book, length, edges):
+    """Against each window's losses from all logits at once."""
+    result = perplexity(llama, tokenizer, book, length=length, windows=2)
+    cut = make_windows(tokenizer, book, length=length, windows=2)
+    losses = torch.stack([direct(llama, window.ids) for window in cut])
+    names = {111: "111", 1024: "1K", 1025: "1025", 2048: "2K", 4096: "4K", 5001: "5001", 0: "0"}
+    labels = [f"{names[a]}-{names[b]}" for a, b in pairwise(edges)]
+    assert [name for name in result.metrics if name.startswith("tokens_")] == [
+        f"tokens_{label}" for label in labels
+    ]
+    for label, (start, stop) in zip(labels, pairwise(edges), strict=True):
+        part = losses[:, max(start - 1, 0) : stop - 1]  # losses[:, i] belongs to position i + 1
+        first, second = part.mean(1).tolist()
+        assert result.metrics[f"tokens_{label}"] == part.numel()
+        assert result.metrics[f"nll_{label}"] == pytest.approx(part.mean().item(), rel=1e-5)
+        # The standard error of a mean of two is half their distance.
+        error = result.metrics[f"nll_{label}_error"]
+        assert error == pytest.approx(abs(first - second) / 2, rel=1e-3, abs=1e-6)
+        rows = [row[f"nll_{label}"] for row in result.rows]
+        assert rows == pytest.approx([first, second], rel=1e-5)
+    tokens = sum(result.metrics[f"tokens_{label}"] for label in labels)
+    assert tokens == 2 * (length - 1)
+    total = sum(result.metrics[f"tokens_{x}"] * result.metrics[f"nll_{x}"] for x in labels)
+    assert total / tokens == pytest.approx(result.metrics["nll"], rel=1e-6)
+
+
+def test_one_window_has_no_error(llama, tokenizer, book):
+    result = perplexity(llama, tokenizer, book, length=63, windows=1)
+    assert "nll_0-63" in result.metrics
+    assert not any(name.endswith("_error") for name in result.metrics)
 
 
 def test_windows_start_with_the_special_tokens(bos_tokenizer, book):

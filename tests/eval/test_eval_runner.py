@@ -1,6 +1,7 @@
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -9,6 +10,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from dynmask.dma import DmaConfig, DmaForCausalLM
 from dynmask.eval.runner import Prefill, Prompt, ask, encode, encode_prefix, evaluating
 
 
@@ -63,6 +65,42 @@ def test_shared_prefix_equals_separate_prompts(any_model, length):
             got = prefill.greedy(question, max_new_tokens=6, done=lambda tokens: False)
             assert got == tokens
             assert logits.std() > 0.1, "logits of a flat model prove nothing"
+
+
+@pytest.mark.parametrize("keep", [8, 200], ids=["evicting", "roomy"])
+def test_a_dma_model_answers_as_by_itself(keep):
+    torch.manual_seed(0)
+    config = DmaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        keep=keep,
+        initializer_range=0.3,
+    )
+    model = DmaForCausalLM(config).double().eval()
+    prefix, questions = list(range(2, 65)), [[7], [9, 30, 5], [7]]
+    with evaluating(model):
+        prefill = Prefill(model, prefix)
+        for question in questions:
+            tokens, logits = by_itself(model, prefix + question, 6)
+            torch.testing.assert_close(prefill.logits(question), logits, rtol=1e-5, atol=1e-5)
+            assert prefill.greedy(question, max_new_tokens=6, done=lambda t: False) == tokens
+
+
+def test_a_cache_for_each_question_is_given_whole_prompts(llama, tokenizer):
+    prompts = [Prompt([5, 6, 7], [[8, 9], [11]]), Prompt([12], [[13]])]
+    made = []
+
+    def cache():
+        made.append(DynamicCache())
+        return made[-1]
+
+    shared = ask(llama, tokenizer, prompts, max_new_tokens=4)
+    assert ask(llama, tokenizer, prompts, max_new_tokens=4, cache=cache) == shared
+    assert [c.get_seq_length() - 3 for c in made] == [5, 4, 2]
 
 
 def test_greedy_stops(llama):
