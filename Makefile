@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 WORKERS ?= auto
 
-.PHONY: demo test test-gpu check bench report clean
+.PHONY: demo test test-gpu check docs bench report clean
 
 demo: $(INSTALLED)
 	$(BIN)/dynmask demo --out demo-out
@@ -18,10 +18,15 @@ test: $(INSTALLED)
 test-gpu:
 	$(PYTHON) -m pytest -q tests/masks/test_*triton*.py tests/ops/test_*triton*.py $(PYTEST)
 
-check: $(INSTALLED)
+check: $(INSTALLED) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, in site/; a warning is an error (not with --quiet, which would drop it).
+# `python -m http.server -d site` shows it.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/stripes_cpu.py --out benchmarks/results/stripes_cpu.json
@@ -33,8 +38,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dynmask needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[hf,eval,report,train,dev]'
+	  -c constraints.txt -e '.[hf,eval,report,train,docs,dev]'
 	touch $(INSTALLED)
 
 clean:
-	rm -rf .venv demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

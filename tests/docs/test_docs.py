@@ -1,26 +1,28 @@
-"""The pages of docs/ run as they stand and print what they say; their links and picture are right.
+"""The pages of docs/ run as they stand and print what they say; their links are right.
 
 A page's Python blocks run in order, in one namespace and an empty folder. A comment behind a
-``print``, or a line of its own at the left margin, is a line of the output.
+``print``, or a line of its own at the left margin, is a line of the output. Commands of the other
+blocks parse.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import shlex
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from dynmask import Lifetimes
+from dynmask.cli import build_parser
 
 ROOT = Path(__file__).parents[2]
 # What needs a training run is run beside the tests of training, in small.
 ELSEWHERE = {"train.md": "tests/train/test_train_docs.py"}
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda p: p.relative_to(ROOT / "docs").as_posix()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,20 @@ def alone(tmp_path, monkeypatch):
 
 def blocks_of(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands_of(page):
+    """Every ``dynmask ...`` of the page's shell and unnamed blocks, as words behind ``dynmask``."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for kind, block in re.findall(r"^```(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        if kind not in ("", "console", "sh", "bash"):
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if "dynmask" in words[:1] or ("torchrun" in words[:1] and "dynmask" in words):
+                found.append(words[words.index("dynmask") + 1 :])
+    return found
 
 
 def stated_output(block):
@@ -63,9 +79,21 @@ def test_stated_output_is_found():
 
 
 @each_page
+def test_commands_parse(page):
+    for words in commands_of(page):
+        assert build_parser(words).parse_args(words).command == words[0]
+
+
+def test_commands_are_found():
+    assert ["doctor"] in commands_of(ROOT / "docs" / "guide" / "install.md")
+    assert len(commands_of(ROOT / "docs" / "guide" / "evaluate.md")) > 5
+
+
+@each_page
 def test_links_lead_somewhere(page):
+    """To a file of the checkout; the built site's test sees those to pages that it makes."""
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        if "://" in target:
+        if "://" in target or re.match(r"(\.\./)*(reference|project)/|\.\./results/repeat", target):
             continue
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
@@ -76,34 +104,13 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, target
 
 
-def test_picture_of_lifetimes_is_what_the_mask_says():
-    picture = ElementTree.parse(ROOT / "docs" / "img" / "dma_lifetimes.svg")
-    bars = [e.attrib for e in picture.iter() if "data-key" in e.attrib]
-    assert [int(bar["data-key"]) for bar in bars] == list(range(12))
-    score = torch.tensor([[[float(bar["data-score"]) for bar in bars]]])
-    expiry = Lifetimes.top(score, keep=3).expiry[0, 0].tolist()
-    shown = ["never" if e >= len(bars) else str(e) for e in expiry]
-    assert [bar["data-expiry"] for bar in bars] == shown
-    cell = 36
-    for key, (bar, end) in enumerate(zip(bars, expiry, strict=True)):
-        if bar["class"] == "life":
-            rows = (float(bar["x"]) - 196) / cell, float(bar["width"]) / cell
-            assert rows[0] == pytest.approx(key, abs=0.1)
-            assert rows[1] == pytest.approx(min(end, 12.5) - key, abs=0.15)
-        else:
-            assert end == key
+def test_every_task_is_named():
+    (tasks,) = (a for a in _parser_of("eval")._actions if a.dest == "task")
+    text = (ROOT / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
+    for task in tasks.choices:
+        assert f"| `{task}` |" in text
 
 
-def test_plain_pytorch_example_learns(capsys):
-    path = ROOT / "examples" / "dma_op_in_plain_pytorch.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main(["--steps", "80"])
-    lines = re.findall(
-        r"(\w+): loss ([\d.]+) before, ([\d.]+) after 80 steps", capsys.readouterr().out
-    )
-    assert [kind for kind, _, _ in lines] == ["op", "layer"]
-    for kind, before, after in lines:
-        assert float(before) > 1.3, kind
-        assert float(after) < 0.5, f"{kind}: with no gradient for the score it is 0.66"
+def _parser_of(command):
+    (commands,) = (a for a in build_parser([command])._actions if a.dest == "command")
+    return commands.choices[command]

@@ -1,4 +1,4 @@
-"""The tables of docs/results/dma.md and the README say what the kept JSON says."""
+"""The tables of docs/ and the README say what the kept JSON says."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/results/dma.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST = " ".join((ROOT / "docs/index.md").read_text(encoding="utf-8").split())
+LIMITS = (ROOT / "docs/guide/limits.md").read_text(encoding="utf-8")
+
+
+def document(name):
+    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def cells(name):
@@ -57,3 +63,40 @@ def test_recall_in_the_readme():
     assert f"{right} of {asked} at 8.1K ({density:.2f})" in README
     right, asked, _ = (sum(pair) for pair in zip(found["ruler"], found["minference"], strict=True))
     assert f"{right} of {asked} needles at 8K" in README
+
+
+@pytest.mark.parametrize(
+    "row", document("demo")["quality"], ids=lambda r: f"{r['task']}-{r['mode']}"
+)
+def test_demo_in_the_limits(row):
+    start = {"L": "| LongEval", "R": "| recall inside", "N": "| needles", "P": "| perplexity"}
+    (line,) = [x for x in LIMITS.splitlines() if x.startswith(start[row["task"][0]])]
+    values = [value.strip() for value in line.strip("|").split("|")]
+    value = values[1 + ["full", "static", "dynamic", "auto"].index(row["mode"])]
+    if row["metric"] == "perplexity":
+        assert value == f"{row['score']:.2f}"
+        return
+    assert value.split(" %")[0] == f"{100 * row['score']:g}"
+    assert row["mode"] == "full" or value.split()[-1] == f"{row['density']:.2f}"
+
+
+def test_first_page():
+    forward = {c["length"]: c["ratio"]["median"] for c in cells("gpu_op") if c["score"] == "normal"}
+    said = f"{forward[8192]:.1f}x as fast as the fastest dense kernel at 8K tokens, "
+    assert said + f"{forward[32768]:.1f}x at 32K, {forward[524288]:.0f}x at 512K" in FIRST
+    long = {c["model"]: c for c in cells("dma_prefill") if c["length"] == 1 << 18}
+    dma, dense = long["dma"], long["dense cudnn"]
+    seconds = dma["prefill"]["median"], dense["prefill"]["median"]
+    assert "256K tokens takes {:.2f} s against {:.2f} s".format(*seconds) in FIRST
+    peaks = dma["peak_bytes"] / 2**30, dense["peak_bytes"] / 2**30
+    assert "in {:.2f} GiB against {:.1f} GiB".format(*peaks) in FIRST
+    timed = [row for row in document("demo")["speed"] if row["mode"] == "dynamic"]
+    speed = {row["length"]: row["ratio"] for row in timed}
+    said = (
+        f"{speed[8192]:.2f}x as fast as torch's SDPA at 8,192 tokens, {speed[4096]:.2f}x at 4,096"
+    )
+    assert said in FIRST
+    asked = [document(f"recall_{name}")["quality"][0] for name in ("ruler", "minference")]
+    right = sum(round(row["score"] * row["n"]) for row in asked)
+    assert f"{right} of {sum(row['n'] for row in asked)} needles at 8K with" in FIRST
+    assert all(f"with {row['density']:.2f} of the pairs" in FIRST for row in asked)
