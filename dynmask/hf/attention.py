@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -18,6 +19,8 @@ from dynmask.masks import Stripes
 from dynmask.ops import attention, choose
 
 DENSE = "transformers sdpa"
+
+_log = logging.getLogger(__name__)
 
 
 class Attached:
@@ -64,10 +67,26 @@ class Attached:
         """Attend under masks that are chosen from this call; None for a call without them."""
         if self.policy is not None:
             return self.policy.attend(query, key, value, slots, kind=kind, scale=scale)
-        if self.dynamic is None or not self.dynamic.applies(slots, query.shape[2]):
+        if self.dynamic is None:
             return None
+        if not self.dynamic.applies(slots, query.shape[2]):
+            if self.dynamic.settings.applies(query.shape[2], slots.length) and slots.has_gaps:
+                self._warn(
+                    "attention_mask has holes between a row's tokens: dynamic masks leave such "
+                    "calls dense; pad at one side only"
+                )
+            return None
+        if query.requires_grad and query.device.type == "cpu":
+            self._warn(
+                "gradients are on: on the CPU dynamic masks then run a dense kernel and save "
+                "nothing; for inference call the model under torch.no_grad()"
+            )
         call = LongCall(self.dynamic, kind, scale=scale, impl=self.impl, tally=self.tally)
         return call.attend(query, key, value, slots)
+
+    def _warn(self, message: str) -> None:
+        if self.tally.first_time(message):
+            _log.warning(message)
 
     def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
         """Return the stripes over this call's padding, on its device."""

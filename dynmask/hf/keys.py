@@ -48,6 +48,11 @@ class KeySlots:
             self._padding = Padding.from_mask(self._host).to(self.visible.device)
         return self._padding
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether the real tokens of some row are not one run."""
+        return not self.whole and not self.sequences(1)
+
     def dense(self, q_len: int) -> Tensor | None:
         """Return the causal mask as transformers' ``sdpa`` function takes it.
 

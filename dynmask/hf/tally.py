@@ -67,6 +67,14 @@ class Tally:
         self._pairs: dict[str, list[int | Tensor]] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds = 0.0
+        self._said: set[str] = set()
+
+    def first_time(self, message: str) -> bool:
+        """Say whether a message was not asked about before."""
+        with self._lock:
+            new = message not in self._said
+            self._said.add(message)
+        return new
 
     @property
     def mask_seconds(self) -> float:

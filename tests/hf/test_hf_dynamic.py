@@ -267,3 +267,25 @@ def test_a_closed_run_is_not_entered_again():
 def test_what_is_no_model_for_it_is_named():
     with pytest.raises(ValueError, match="loaded model, got str"):
         accelerate("gpt2")
+
+
+def test_what_makes_calls_dense_is_said_once(caplog):
+    model, ids = make_model("llama"), random_ids(2, 61)
+    holes = torch.ones_like(ids)
+    holes[1, 20:30] = 0
+    with accelerate(model, dynamic=SMALL) as run:
+        for _ in range(2):
+            expected = logits(model, ids, holes)
+        assert set(run.stats()["impl"]["prefill"]) == {"transformers sdpa"}
+        assert [r.message.split(":")[0] for r in caplog.records] == [
+            "attention_mask has holes between a row's tokens"
+        ]
+        model(ids)
+        assert "gradients are on" in caplog.records[-1].message
+        caplog.clear()
+        logits(model, ids)
+        model(ids)
+        assert not caplog.records
+    real = holes[..., None].bool().expand_as(expected)
+    found = logits(model, ids, holes)
+    torch.testing.assert_close(found[real], expected[real], **CLOSE)
