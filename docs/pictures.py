@@ -64,14 +64,14 @@ def dynamic_panel() -> tuple[Tensor, Tensor, int]:
     The queries of some tiles look hard at one block of keys, in the others at nothing much.
     """
     looks = {3: 0, 5: 2, 6: 1, 7: 4}
-    settings = Dynamic(tile=4, block=4, near=4, stride=4, last=1, shortest=0)
+    settings = Dynamic(tile=4, block=4, near=4, landmarks=2, shortest=0)
     q, k = torch.zeros(1, 1, TOKENS, 8), torch.zeros(1, 1, TOKENS, 8)
     for block in range(TOKENS // settings.block):
         k[0, 0, block * settings.block + block % settings.block, block] = 1
     for tile, block in looks.items():
         q[0, 0, tile * settings.tile : (tile + 1) * settings.tile, block] = 8
-    keys = Keys.build(k, k, settings.block, settings.tile)
-    choice = select(q, keys, settings, first=0, scale=1.0, ends=True)
+    keys = Keys.build(k, k, block=settings.block, tile=settings.tile, marks=settings.landmarks)
+    choice = select(q, keys, settings, first=0, scale=1.0)
     seen, summary, _ = full_panel()
     for tile in range(TOKENS // settings.tile):
         rows = slice(tile * settings.tile, (tile + 1) * settings.tile)

@@ -153,7 +153,7 @@ def _task(tasks: Any, name: str, line: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--coverage",
         type=float,
-        help="quality of dynamic masks and of the plan's gate; default 0.98, or the plan's own",
+        help="quality of dynamic masks (0.985) and of the plan's gate (the plan's own)",
     )
     add_method_arguments(parser)
     parser.add_argument("--out", metavar="FILE.json", help="write the results for 'dynmask report'")

@@ -15,7 +15,7 @@ from dynmask.dam.dynamic_keys import Keys
 from dynmask.dam.dynamic_select import Choice, select
 from dynmask.ops import attention, choose
 
-# Logits of sampled rows alive at once: what fits a CPU's cache, and few launches on a GPU.
+# Logits alive at once: what fits a CPU's cache, and few launches on a GPU.
 _CPU_CELLS = 1 << 23
 _CELLS = 1 << 26
 
@@ -26,16 +26,17 @@ class Dynamic:
 
     Query rows run in tiles, keys are counted in blocks. A tile sees one by one all keys since
     ``near`` tokens before it. Each older block it sees either key by key, or as one *summary*: the
-    mean of its keys and the mean of its values, with the weight of ``block`` keys. Of every
-    ``stride`` rows one is sampled, and the first of each tile, which may go on with what the tile
-    before looked at. Their exact softmax ``P`` says what summaries would cost,
+    mean of its keys and the mean of its values, with the weight of ``block`` keys. What a summary
+    costs is the squared distance between the softmax ``P`` of the exact logits and the weights
+    ``A`` that the summary gives to its keys,
 
     .. math:: r_J = \operatorname{mean}_{rows, heads} \sum_{j \in J} (P_{ij} - A_{iJ})^2
 
-    where :math:`A_{iJ}` is the weight that the summary gives to each of its keys. A tile keeps the
-    blocks of largest ``r``, as few as leave ``sum of r <= (1 - coverage)^2`` to the others. So 0.98
-    leaves the sampled attention rows a root mean square distance of 0.02 from the exact ones. Rows
-    between them have no such bound: one that looks hard at a block of its own may miss it.
+    estimated for all rows from ``landmarks`` keys a block (`dynmask.dam.landmarks`), which stand
+    for it in the sum and in the softmax, beside the exact logits of what is near. A tile keeps the
+    blocks of largest ``r``, as few as leave ``sum of r <= (1 - coverage)^2`` to the others. So
+    0.985 leaves attention rows a root mean square distance of about 0.015 from the exact ones, as
+    far as landmarks tell.
 
     Positions count from the sequence's own first token. A tile's rows choose together: which blocks
     a row sees one by one may depend on later rows of its tile (never on later tiles), and on
@@ -43,48 +44,47 @@ class Dynamic:
 
     Args:
         coverage: In (0, 1]: 1 less the distance allowed; 1 keeps every block.
-        tile: Query rows that share one choice; a multiple of ``stride``.
+        tile: Query rows that share one choice.
         block: Keys of a block.
         near: Keys before the tile's first row that are always seen one by one.
-        stride: One row of so many is sampled, the last one, besides the first of each tile.
-        last: So many rows at the end of a call are sampled all: a question is asked there.
-        shortest: Calls with fewer keys than this run dense, and so do calls of ``last`` rows or
-            less, decode included: every row of theirs would be sampled.
+        landmarks: Keys that stand for a block when blocks are chosen; with ``block`` of them the
+            costs are exact.
+        few: Calls of so many rows or fewer run dense, decode included.
+        shortest: Calls with fewer keys than this run dense.
 
     Raises:
         ValueError: A value is out of its range.
 
-    Sources: rows sampled for a vertical-slash choice, MInference (arXiv 2407.02490); summaries of
-    skipped blocks, FlashPrefill V2 (arXiv 2608.19758).
+    Source: summaries of skipped blocks, FlashPrefill V2 (arXiv 2608.19758), which chooses blocks by
+    their means alone.
     """
 
-    coverage: float = 0.98
+    coverage: float = 0.985
     tile: int = 64
     block: int = 64
     near: int = 64
-    stride: int = 4
-    last: int = 64
+    landmarks: int = 8
+    few: int = 64
     shortest: int = 1024
 
     def __post_init__(self) -> None:
         if not isinstance(self.coverage, int | float) or not 0 < self.coverage <= 1:
             raise ValueError(f"coverage={self.coverage!r} must be a number above 0 and at most 1")
-        for name in ("tile", "block", "near", "stride", "last", "shortest"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer")
-        for name in ("tile", "block", "stride", "last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.near < 0 or self.shortest < 0:
-            raise ValueError(f"near={self.near} and shortest={self.shortest} must not be negative")
-        if self.tile % self.stride:
+        for name in ("tile", "block", "near", "landmarks", "few", "shortest"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be an integer")
+            least = 1 if name in ("tile", "block", "landmarks") else 0
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if self.landmarks > self.block:
             raise ValueError(
-                f"tile={self.tile} must be a multiple of stride={self.stride}: each tile is sampled"
+                f"landmarks={self.landmarks} must be at most block={self.block}, whose keys they are"
             )
 
     def applies(self, q_len: int, k_len: int) -> bool:
         """Say whether a call is long enough; else it runs dense."""
-        return q_len > self.last and k_len >= self.shortest
+        return q_len > self.few and k_len >= self.shortest
 
 
 class Ran(NamedTuple):
@@ -148,14 +148,14 @@ def dynamic_attention(
     q_len, k_len = q.shape[2], k.shape[2]
     begin = k_len - q_len
     with clock:
-        keys = Keys.build(k, v, settings.block, settings.tile)
+        keys = Keys.build(k, v, block=settings.block, tile=settings.tile, marks=settings.landmarks)
     outs = []
     shown = torch.zeros((), dtype=torch.int64, device=q.device)
     computed = shown.clone()
     for first, last in _parts(q, k, settings):
         part = q[:, :, first - begin : last - begin]
         with clock, torch.no_grad():
-            choice = select(part, keys, settings, first=first, scale=scale, ends=last == k_len)
+            choice = select(part, keys, settings, first=first, scale=scale)
             shown += choice.shown_pairs(first, last) * (q.shape[1] // k.shape[1])
         if gathered:
             out = attend_gathered(part, keys, choice, first=first, scale=scale)
@@ -191,7 +191,8 @@ def _parts(q: Tensor, k: Tensor, settings: Dynamic) -> Iterator[tuple[int, int]]
     batch, heads, q_len, _ = q.shape
     k_len, tile = k.shape[2], settings.tile
     cells = _CPU_CELLS if q.device.type == "cpu" else _CELLS
-    rows = cells // (batch * heads * k_len) * settings.stride // tile * tile
+    of_row = k_len // settings.block * settings.landmarks + settings.near + settings.block + tile
+    rows = cells // (batch * heads * of_row) // tile * tile
     first = k_len - q_len
     while first < k_len:
         last = min(first // tile * tile + max(rows, tile), k_len)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynmask.dam.landmarks import landmarks
 from dynmask.ops.reference import accumulation_dtype
 
 
@@ -21,6 +22,7 @@ class Keys:
     tiles of slots.
 
     Attributes:
+        landmarks: ``[B, G, n * L, D]``, ``L`` of each of the ``n`` whole blocks, see `landmarks`.
         k: ``[B, G, summaries + K, D]``.
         v: ``[B, G, summaries + K, D]``.
         bias: ``[B, G, summaries + K]`` float32, or float64 for float64 keys: ``log(block)`` for a
@@ -29,6 +31,7 @@ class Keys:
         summaries: Slots before the first key.
     """
 
+    landmarks: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor
@@ -36,10 +39,11 @@ class Keys:
     summaries: int
 
     @classmethod
-    def build(cls, k: Tensor, v: Tensor, block: int, tile: int) -> Keys:
-        """Summarise every whole block of ``k [B, G, K, D]`` and ``v``."""
+    def build(cls, k: Tensor, v: Tensor, *, block: int, tile: int, marks: int) -> Keys:
+        """Summarise every whole block of ``k [B, G, K, D]`` and ``v``; ``marks`` landmarks each."""
         batch, groups, k_len, _ = k.shape
         count = k_len // block
+        whole = k[:, :, : count * block].unflatten(2, (count, block))
         front = -(-count // tile) * tile
 
         def with_summaries(source: Tensor) -> Tensor:
@@ -52,6 +56,7 @@ class Keys:
         bias = torch.zeros(front + k_len, dtype=accumulation_dtype(k.dtype), device=k.device)
         bias[:count] = math.log(block)
         return cls(
+            landmarks(whole, marks).flatten(2, 3),
             with_summaries(k),
             with_summaries(v),
             bias.expand(batch, groups, -1),
@@ -63,6 +68,6 @@ class Keys:
         """Return ``[B, G, blocks, D]``, the mean keys of the first blocks."""
         return self.k[:, :, :blocks]
 
-    def tokens(self, count: int) -> Tensor:
-        """Return ``[B, G, count, D]``, the first keys."""
-        return self.k[:, :, self.summaries : self.summaries + count]
+    def tokens(self, first: int, last: int) -> Tensor:
+        """Return ``[B, G, last - first, D]``, the keys at these positions."""
+        return self.k[:, :, self.summaries + first : self.summaries + last]

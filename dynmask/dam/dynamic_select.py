@@ -103,80 +103,101 @@ def far_blocks(settings: Dynamic, top: int, tiles: int, device: torch.device) ->
     return (begin - settings.near).clamp_min(0) // settings.block
 
 
-def sampled_rows(settings: Dynamic, first: int, last: int, *, ends: bool) -> Tensor:
-    """Return the sampled positions in ``[first, last)``, ascending.
-
-    The last row of every ``stride`` and the first of every tile, counted from position 0; where a
-    call ends, its ``last`` rows.
-    """
-    row = torch.arange(first, last)
-    rows = row[(row % settings.stride == settings.stride - 1) | (row % settings.tile == 0)]
-    if not ends:
-        return rows
-    tail = max(first, last - settings.last)
-    return torch.cat([rows[rows < tail], torch.arange(tail, last)])
-
-
-def select(
-    q: Tensor, keys: Keys, settings: Dynamic, *, first: int, scale: float, ends: bool
-) -> Choice:
+def select(q: Tensor, keys: Keys, settings: Dynamic, *, first: int, scale: float) -> Choice:
     """Choose the blocks of some rows' tiles.
 
     Args:
         q: ``[B, H, n, D]``, the rows at positions ``first`` to ``first + n - 1``; they end where a
             tile ends, or where the call ends.
-        keys: Of the whole sequence, with summaries.
+        keys: Of the whole sequence, with summaries and landmarks.
         settings: How to choose.
         first: Position of the first row.
         scale: Factor of the logits.
-        ends: Whether these are the last rows of the call.
 
     Returns:
         The choice, on q's device, made without waiting for it.
     """
-    batch, heads, n, dim = q.shape
-    groups = keys.k.shape[1]
-    last = first + n
+    batch, groups = keys.k.shape[:2]
+    last = first + q.shape[2]
     top = first // settings.tile
     tiles = -(-last // settings.tile) - top
     far = far_blocks(settings, top, tiles, q.device)
     count = max(0, (top + tiles - 1) * settings.tile - settings.near) // settings.block
-    if count == 0:
-        kept = torch.zeros(batch, groups, tiles, 0, dtype=torch.bool, device=q.device)
-        return Choice(kept, far, top, settings.tile, settings.block, settings.near)
-    rows = sampled_rows(settings, first, last, ends=ends).to(q.device)
-    work = accumulation_dtype(q.dtype)
-    sample = q[:, :, rows - first].reshape(batch, groups, -1, dim)
-    shape = (batch, heads, len(rows))
-    logits = (sample @ keys.tokens(last).transpose(2, 3)).to(work).mul_(scale).view(*shape, last)
-    later = torch.arange(first, last, device=q.device) > rows[:, None]
-    logits[..., first:].masked_fill_(later, float("-inf"))
-    # Weights relative to the row's largest, which no mean logit of a block exceeds.
-    largest = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    summary = (sample @ keys.means(count).transpose(2, 3)).to(work).mul_(scale).view(*shape, count)
-    summary = summary.sub_(largest).exp_()
-    weights = weights[..., : count * settings.block].unflatten(-1, (count, -1))
-    mass = weights.sum(-1)
-    # sum (P - A)^2 without a tensor of the size of P.
-    cost = weights.square_().sum(-1) - 2 * summary * mass + settings.block * summary.square()
-    cost /= total.square()
-    # Blocks that are not far from a row's tile hold keys that the row may not even see.
-    tile = rows // settings.tile - top
-    is_far = torch.arange(count, device=q.device) < far[:, None]
-    cost.masked_fill_(~is_far[tile], 0)
-    # Means over a tile's rows as a product: unlike index_add, the same bits in every run.
-    of_tile = (tile == torch.arange(tiles, device=q.device)[:, None]).to(work)
-    of_tile /= of_tile.sum(-1, keepdim=True)
-    mean = cost.view(batch, groups, heads // groups, len(rows), count).mean(2)
-    score = (of_tile @ mean).clamp_min_(0)
-    score, order = score.sort(-1, descending=True)
-    left = score.flip(-1).cumsum(-1).flip(-1)
-    if settings.coverage == 1:
-        # A cost that rounds to 0 is one for the rows that were sampled only.
-        kept = torch.ones(score.shape, dtype=torch.bool, device=q.device)
+    if count == 0 or settings.coverage == 1:
+        kept = torch.ones(batch, groups, tiles, count, dtype=torch.bool, device=q.device)
     else:
-        kept = torch.zeros(score.shape, dtype=torch.bool, device=q.device)
+        cost, order = _cost(q, keys, settings, far, count, first, scale).sort(-1, descending=True)
+        left = cost.flip(-1).cumsum(-1).flip(-1)
+        kept = torch.zeros(cost.shape, dtype=torch.bool, device=q.device)
         kept.scatter_(-1, order, left > (1 - settings.coverage) ** 2)
+    is_far = torch.arange(count, device=q.device) < far[:, None]
     return Choice(kept & is_far, far, top, settings.tile, settings.block, settings.near)
+
+
+def _cost(
+    q: Tensor,
+    keys: Keys,
+    settings: Dynamic,
+    far: Tensor,
+    count: int,
+    first: int,
+    scale: float,
+) -> Tensor:
+    """Return ``[B, G, T, count]``, the mean cost of each block's summary to each tile's rows.
+
+    Zero for blocks that are not far.
+    """
+    batch, groups = keys.k.shape[:2]
+    heads, n, dim = q.shape[1:]
+    tile, tiles = settings.tile, len(far)
+    top = torch.arange(tiles, device=q.device)[:, None] + first // tile
+    row = top * tile + torch.arange(tile, device=q.device)
+    # Rows that the first and the last tile lack are zeros, and do not count.
+    before = first - first // tile * tile
+    q = torch.nn.functional.pad(q, (0, 0, before, tiles * tile - before - n))
+    q = q.view(batch, groups, heads // groups, tiles, tile, dim)
+    real = ((row >= first) & (row < first + n)).to(accumulation_dtype(q.dtype))
+
+    near = _near_logits(q, keys, settings, far, row, first + n, scale)
+    is_far = (torch.arange(count, device=q.device) < far[:, None])[:, None]
+    marks = settings.landmarks
+
+    def logits(of: Tensor) -> Tensor:
+        found = q.flatten(2, 4) @ of.mT
+        return found.to(near.dtype).mul_(scale).view(*q.shape[:5], -1)
+
+    weights = logits(keys.landmarks[:, :, : count * marks]).unflatten(-1, (count, marks))
+    # What lies behind a tile must not even set the scale.
+    weights.masked_fill_(~is_far[..., None], float("-inf"))
+    # Relative to the row's largest, which no block's mean logit exceeds.
+    largest = torch.maximum(weights.amax((-2, -1)), near.amax(-1))[..., None]
+    weights = weights.sub_(largest[..., None]).exp_()
+    summary = logits(keys.means(count)).sub_(largest).masked_fill_(~is_far, float("-inf")).exp_()
+    total = near.sub_(largest).exp_().sum(-1, keepdim=True)
+    # The last landmark stands for the rest of the block.
+    rest = settings.block - marks + 1
+    mass = weights.sum(-1) + (rest - 1) * weights[..., -1]
+    total += mass.sum(-1, keepdim=True)
+    square = weights.square_().sum(-1) + (rest - 1) * weights[..., -1]
+    # sum (P - A)^2 over a block's keys, the share of its summary in A.
+    cost = square - 2 * summary * mass + settings.block * summary.square()
+    cost /= total.square()
+    cost = (cost.mean(2) * real[..., None]).sum(3) / real.sum(1)[:, None]
+    return cost.clamp_min_(0)
+
+
+def _near_logits(
+    q: Tensor, keys: Keys, settings: Dynamic, far: Tensor, row: Tensor, last: int, scale: float
+) -> Tensor:
+    """Return ``[B, G, R, T, tile, W]`` logits of the keys that are not far; -inf for no key."""
+    batch, groups, ratio, tiles, tile, dim = q.shape
+    # No tile has more: the end of the block that `near` cuts, `near` itself and its own rows.
+    width = torch.arange(settings.near + settings.block - 1 + tile, device=q.device)
+    place = (far * settings.block)[:, None] + width
+    k = keys.tokens(0, last)[:, :, place.clamp_max(last - 1).flatten()]
+    k = k.view(batch, groups, tiles, len(width), dim)
+    rows = q.transpose(2, 3).reshape(batch, groups, tiles, ratio * tile, dim)
+    found = (rows @ k.mT).to(accumulation_dtype(q.dtype)).mul_(scale)
+    found = found.view(batch, groups, tiles, ratio, tile, len(width)).transpose(2, 3)
+    hidden = (place[:, None] > row[..., None]) | (place >= last)[:, None]
+    return found.masked_fill(hidden, float("-inf"))

@@ -50,6 +50,9 @@ def accelerate(
     breaks around attention, and must be given an ``attention_mask``: without one, transformers
     makes it a mask for packed documents.
 
+    Under transformers' tensor parallelism (``tp_plan``) all processes accelerate their model by the
+    same plan; each runs its heads by their part of it and counts them alone.
+
     Dynamic masks are made anew in every prefill and every chunk, from that call's own attention;
     see `dynmask.dam.dynamic.Dynamic`. Calls that are too short for them, and decode, look at every
     key with these heads. Layers whose heads are all dense, and layers with a window of their own
@@ -62,8 +65,8 @@ def accelerate(
         mode: "auto": without a plan "dynamic"; with one, the heads that its gate keeps static run
             on their stripes, the others dynamic. "dynamic": every head dynamic. "static": every
             head on its stripes. "dense": every head dense, the control.
-        coverage: The quality asked for, in (0, 1]: of dynamic masks (`Dynamic.coverage`), and of
-            the stripes that the plan's gate keeps. By default the plan's own, or 0.98.
+        coverage: The quality asked for, in (0, 1]: of dynamic masks (`Dynamic.coverage`, 0.985 by
+            default), and of the stripes that the plan's gate keeps (by default the plan's own).
         dynamic: How dynamic masks are made, in all else; the defaults are for every model.
         policy: Another method instead, from ``dynmask.baselines``, for comparisons: in every call
             of every full causal layer, decode included. Without plan, coverage and dynamic.
@@ -94,8 +97,6 @@ def accelerate(
                 f"policy={policy.name!r} runs alone: leave out {', '.join(beside) or 'mode'}"
             )
     settings = Dynamic() if dynamic is None else dynamic
-    if coverage is None and dynamic is None and plan is not None:
-        coverage = plan.settings.coverage
     if coverage is not None:
         settings = dataclasses.replace(settings, coverage=coverage)
     return Run(model, plan, mode=mode, dynamic=settings, policy=policy, impl=impl)

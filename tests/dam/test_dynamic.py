@@ -12,8 +12,9 @@ from dynmask.dam import dynamic as dynamic_module
 from dynmask.dam.dynamic import Dynamic, dynamic_attention
 from dynmask.dam.dynamic_keys import Keys
 from dynmask.dam.dynamic_select import select
+from dynmask.dam.landmarks import landmarks
 
-SMALL = Dynamic(coverage=0.9, tile=16, block=8, near=10, stride=4, last=6, shortest=0)
+SMALL = Dynamic(coverage=0.9, tile=16, block=8, near=10, landmarks=3, few=6, shortest=0)
 
 
 def draw(q_len, k_len, *, batch=1, heads=4, groups=2, dim=16, sharp=2.0, seed=0, dtype=None):
@@ -30,29 +31,42 @@ def causal(q, k, v):
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
 
+def landmarks_by_definition(block, count):
+    """Keys and how many each stands for: the farthest from the mean and from those taken."""
+    left, taken = list(range(len(block))), []
+    for _ in range(count - 1):
+        seen = [block.mean(0), *(block[i] for i in taken)]
+        away = [min(float((block[i] - key).norm()) for key in seen) for i in left]
+        taken.append(left.pop(away.index(max(away))))
+    return [block[i] for i in taken] + [block[left].mean(0)], [1] * (count - 1) + [len(left)]
+
+
 def chosen_by_definition(q, k, settings, b, g, tile):
     """Far blocks and those kept, for one tile of whole sequences, by loops over rows."""
     q_len, k_len, ratio = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     begin = k_len - q_len
     far = max(0, tile * settings.tile - settings.near) // settings.block
-    rows = [
-        i
-        for i in range(max(begin, tile * settings.tile), min(k_len, (tile + 1) * settings.tile))
-        if i % settings.stride == settings.stride - 1
-        or i % settings.tile == 0
-        or i >= k_len - settings.last
-    ]
+    blocks = k[b, g, : far * settings.block].view(far, settings.block, q.shape[3])
+    marks = [landmarks_by_definition(block, settings.landmarks) for block in blocks]
+    rows = range(max(begin, tile * settings.tile), min(k_len, (tile + 1) * settings.tile))
     cost = [0.0] * far
     for i in rows:
         for h in range(g * ratio, (g + 1) * ratio):
-            logits = (k[b, g, : i + 1] @ q[b, h, i - begin]) / math.sqrt(q.shape[3])
-            exact = logits.exp() / logits.exp().sum()
+            row = q[b, h, i - begin] / math.sqrt(q.shape[3])
+            near = (k[b, g, far * settings.block : i + 1] @ row).exp().sum()
+            weights = [[float((key @ row).exp()) for key in keys] for keys, _ in marks]
+            total = float(near) + sum(
+                count * weight
+                for (_, counts), of_block in zip(marks, weights, strict=True)
+                for count, weight in zip(counts, of_block, strict=True)
+            )
             for block in range(far):
-                part = slice(block * settings.block, (block + 1) * settings.block)
-                # One logit for all: of the mean key, which is the mean logit.
-                summary = logits[part].mean().exp() / logits.exp().sum()
-                error = (exact[part] - summary).square().sum()
-                cost[block] += float(error) / (len(rows) * ratio)
+                summary = float((blocks[block].mean(0) @ row).exp())
+                error = sum(
+                    count * ((weight - summary) / total) ** 2
+                    for count, weight in zip(marks[block][1], weights[block], strict=True)
+                )
+                cost[block] += error / (len(rows) * ratio)
     order = sorted(range(far), key=lambda block: -cost[block])
     allowed = (1 - settings.coverage) ** 2
     few = next(n for n in range(far + 1) if sum(cost[block] for block in order[n:]) <= allowed)
@@ -99,10 +113,11 @@ def attention_by_definition(q, k, v, settings):
         (65, 65, {"block": 4, "near": 0}),
         (37, 111, {}),
         (63, 90, {"coverage": 0.6}),
-        (1, 70, {"last": 1}),
-        (33, 64, {"last": 40}),
+        (1, 70, {}),
+        (33, 64, {"landmarks": 1}),
+        (33, 64, {"landmarks": 8}),
     ],
-    ids=["square", "odd", "chunk", "coarse", "one-row", "all-sampled"],
+    ids=["square", "odd", "chunk", "coarse", "one-row", "means", "every-key"],
 )
 @pytest.mark.parametrize("impl", ["auto", "reference", "sdpa"])
 def test_equals_the_definition(q_len, k_len, changes, impl):
@@ -117,7 +132,7 @@ def test_equals_the_definition(q_len, k_len, changes, impl):
     assert ran.impl == ("cpu" if impl == "auto" else impl)
 
 
-def test_full_coverage_keeps_blocks_that_cost_the_sampled_rows_nothing():
+def test_full_coverage_keeps_blocks_that_cost_nothing():
     g = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, 1, 2048, 32, generator=g)
     # Every row looks at one key alone.
@@ -138,8 +153,8 @@ def test_dense_kernels_evaluate_every_pair(impl):
 def test_some_blocks_are_kept_and_some_are_not():
     q, k, v = draw(100, 100)
     _, ran = dynamic_attention(q, k, v, SMALL)
-    keys = Keys.build(k, v, SMALL.block, SMALL.tile)
-    choice = select(q, keys, SMALL, first=0, scale=0.25, ends=True)
+    keys = Keys.build(k, v, block=SMALL.block, tile=SMALL.tile, marks=SMALL.landmarks)
+    choice = select(q, keys, SMALL, first=0, scale=0.25)
     share = choice.kept.sum() / choice.far.sum() / k.shape[1]
     assert 0.2 < float(share) < 0.98
     assert int(ran.shown) < ran.causal
@@ -161,6 +176,30 @@ def test_short_inputs_have_nothing_far():
     assert int(ran.shown) == ran.causal
 
 
+def test_landmarks_are_their_definition():
+    k = draw(1, 2 * 3 * 13, batch=2)[1].view(2, 2, 6, 13, 16)
+    k[0, 1, 2, 5:] = k[0, 1, 2, 4]  # Equal keys stand once each.
+    for count in (1, 2, 5, 13):
+        found = landmarks(k, count)
+        assert found.shape == (2, 2, 6, count, 16)
+        for b, g, n in ((0, 0, 0), (1, 1, 5), (0, 1, 2)):
+            expected, counts = landmarks_by_definition(k[b, g, n], count)
+            torch.testing.assert_close(found[b, g, n], torch.stack(expected))
+            weights = torch.tensor(counts, dtype=k.dtype)
+            torch.testing.assert_close(weights @ found[b, g, n] / 13, k[b, g, n].mean(0))
+
+
+def test_what_lies_behind_a_tile_does_not_touch_its_choice():
+    q, k, v = draw(96, 96, dtype=torch.float32)
+    keys = [
+        Keys.build(k * c[:, None], v, block=SMALL.block, tile=SMALL.tile, marks=SMALL.landmarks)
+        for c in (torch.ones(96), torch.where(torch.arange(96) < 64, 1.0, 1e4))
+    ]
+    one, two = (select(q, x, SMALL, first=0, scale=0.25).kept[:, :, :4] for x in keys)
+    assert one[..., :6].any()
+    assert one.equal(two)
+
+
 def test_flat_maps_need_summaries_only():
     q, k, v = draw(600, 600, sharp=0.02)
     settings = Dynamic(coverage=0.98, tile=32, block=16, near=16, shortest=0)
@@ -170,23 +209,25 @@ def test_flat_maps_need_summaries_only():
     assert float((out - exact).norm() / exact.norm()) < 0.02
 
 
-def test_a_needle_is_kept_whoever_asks():
-    # Each of the last rows looks at one early key of its own; no row before does.
+@pytest.mark.parametrize("tile", [10, 15], ids=["last", "middle"])
+def test_a_needle_is_kept_whoever_asks(tile):
+    # Some rows of one tile look each at one early key of its own; no other row does.
     q, k, v = draw(512, 512, heads=2, groups=1, sharp=0.1)
-    places = torch.randperm(300)[: SMALL.last]
+    places, rows = torch.randperm(250)[:6], tile * 32 + torch.tensor([0, 7, 13, 14, 22, 31])
     k[0, 0] /= 4
-    k[0, 0, places] = functional.normalize(torch.randn(SMALL.last, 16, dtype=k.dtype), dim=-1) * 8
-    q[0, :, -SMALL.last :] = k[0, 0, places] * 1.5
-    settings = Dynamic(coverage=0.98, tile=32, block=16, near=16, last=SMALL.last, shortest=0)
+    k[0, 0, places] = functional.normalize(torch.randn(6, 16, dtype=k.dtype), dim=-1) * 8
+    q[0, :, rows] = k[0, 0, places] * 1.5
+    settings = Dynamic(coverage=0.98, tile=32, block=16, near=16, landmarks=4, shortest=0)
     out, ran = dynamic_attention(q, k, v, settings)
     exact = causal(q, k, v)
     assert int(ran.shown) / ran.causal < 0.3
-    for row in range(-SMALL.last, 0):
+    for row in rows.tolist():
         assert float((out[0, :, row] - exact[0, :, row]).norm() / exact[0, :, row].norm()) < 0.05
     # The test can fail: with summaries alone the keys are lost.
     blind = Dynamic(coverage=1e-9, tile=32, block=16, near=16, shortest=0)
     lost, _ = dynamic_attention(q, k, v, blind)
-    assert float((lost[..., -1, :] - exact[..., -1, :]).norm() / exact[..., -1, :].norm()) > 0.3
+    row = rows[-1]
+    assert float((lost[..., row, :] - exact[..., row, :]).norm() / exact[..., row, :].norm()) > 0.3
 
 
 def test_parts_change_nothing(monkeypatch):
@@ -200,13 +241,11 @@ def test_parts_change_nothing(monkeypatch):
 
 
 def test_chunks_that_end_with_tiles_equal_the_whole():
-    # With one last row, which is sampled anyway.
-    settings = Dynamic(**{**vars(SMALL), "last": 1})
     q, k, v = draw(111, 111)
-    whole, _ = dynamic_attention(q, k, v, settings)
+    whole, _ = dynamic_attention(q, k, v, SMALL)
     parts, at = [], 0
     for end in (48, 64, 111):
-        out, _ = dynamic_attention(q[:, :, at:end], k[:, :, :end], v[:, :, :end], settings)
+        out, _ = dynamic_attention(q[:, :, at:end], k[:, :, :end], v[:, :, :end], SMALL)
         parts.append(out)
         at = end
     torch.testing.assert_close(torch.cat(parts, 2), whole)
@@ -283,12 +322,12 @@ def test_the_clock_runs_around_the_choice():
         {"coverage": 1.5},
         {"coverage": "0.9"},
         {"block": 2.5},
-        {"tile": 12, "stride": 8},
+        {"landmarks": 65},
         {"tile": 0},
         {"block": 0},
-        {"stride": 0},
+        {"landmarks": 0},
         {"near": -1},
-        {"last": 0},
+        {"few": -1},
         {"shortest": -1},
     ],
     ids=str,

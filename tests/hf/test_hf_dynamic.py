@@ -19,7 +19,7 @@ from dynmask.masks import Stripes
 from dynmask.ops import attention
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
-SMALL = Dynamic(coverage=0.5, tile=8, block=4, near=4, stride=4, last=1, shortest=24)
+SMALL = Dynamic(coverage=0.5, tile=8, block=4, near=4, landmarks=2, few=1, shortest=24)
 
 
 def logits(model, ids, mask=None, **kwargs):
@@ -111,9 +111,9 @@ def test_cached_calls(kind, cache, steps):
     model = make_model(kind)
     size = sum(steps)
     ids = random_ids(2, size)
-    settings = dataclasses.replace(SMALL, last=4, coverage=1.0 if 3 in steps or 1 in steps else 0.5)
+    settings = dataclasses.replace(SMALL, few=4, coverage=1.0 if 3 in steps or 1 in steps else 0.5)
     if steps == [24, 8, 29]:
-        settings = dataclasses.replace(settings, last=1)
+        settings = dataclasses.replace(settings, few=1)
     with accelerate(model, dynamic=settings) as run:
         whole = logits(model, ids)
         if cache == "static":
@@ -209,10 +209,10 @@ def test_coverage_is_the_quality_asked_for():
     assert errors == sorted(errors, reverse=True)
     assert densities == sorted(densities)
     plan = make_plan(model)
-    with accelerate(model, plan) as run:
+    with accelerate(model, plan) as run:  # The plan's own target is that of its gate.
         policy = run._attached[0].dynamic
         assert policy is not None
-        assert policy.settings.coverage == plan.settings.coverage
+        assert policy.settings == Dynamic()
     # A new target moves the plan's gate too: 1 is above every head's coverage.
     with accelerate(model, plan, coverage=1.0) as run:
         policy = run._attached[0].dynamic
