@@ -54,12 +54,23 @@ def definitions(facts: Mapping[str, Any]) -> str:
     return f'<dl class="facts">{items}</dl>'
 
 
-def scroll(label: str, content: str) -> str:
-    """Wrap a wide table so that it scrolls by itself, by keyboard as well."""
+def scroll(label: str, content: str, *, tall: bool = False) -> str:
+    """Wrap a wide table so that it scrolls by itself, by keyboard as well.
+
+    Args:
+        label: What the region holds, for those who hear the page.
+        content: HTML.
+        tall: Also limit its height.
+    """
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
-        f"{content}</div>"
+        f'<div class="scroll{" tall" if tall else ""}" role="region" tabindex="0" '
+        f'aria-label="{escape(label)}">{content}</div>'
     )
+
+
+def sort_key(value: float) -> str:
+    """Return the attribute by which the script sorts a cell whose text is no plain number."""
+    return f' data-value="{value:.6g}"' if math.isfinite(value) else ' data-value=""'
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

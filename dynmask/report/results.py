@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from dynmask.dam.codec import depth
+
+_Row = TypeVar("_Row", "QualityRow", "SpeedRow")
 
 FORMAT = "dynmask-results"
 VERSION = 1
+_MAX_DEPTH = 16
 
 #: Modes in the order in which tables show them, with the words that readers see.
 MODES = {
@@ -130,23 +136,30 @@ class Results:
                 f"version {VERSION}; measure again"
             )
         try:
+            if depth(data) > _MAX_DEPTH:
+                raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
+            if not isinstance(data["machine"].get("gpus", []), list):
+                raise ValueError("the machine's gpus are no list")
             return cls(
                 model=str(data["model"]),
                 date=str(data["date"]),
                 machine=dict(data["machine"]),
                 versions=dict(data["versions"]),
-                quality=tuple(QualityRow(**_pairs(row)) for row in data["quality"]),
-                speed=tuple(SpeedRow(**_pairs(row)) for row in data["speed"]),
+                quality=tuple(_row(QualityRow, row) for row in data["quality"]),
+                speed=tuple(_row(SpeedRow, row) for row in data["speed"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{source} is damaged ({error}); measure again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the results as JSON: to a temporary file beside `path`, then renamed."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Results:
@@ -159,7 +172,7 @@ class Results:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"cannot read the results file {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error})") from error
         return cls.from_dict(data, source=str(path))
 
@@ -187,6 +200,39 @@ def merge(documents: list[Results]) -> Results:
         quality=tuple(row for document in documents for row in document.quality),
         speed=tuple(row for document in documents for row in document.speed),
     )
+
+
+def _row(kind: type[_Row], raw: dict[str, Any]) -> _Row:
+    """Make a row of what JSON holds, if every value has its type: pages trust them."""
+    row = kind(**_pairs(raw))
+    for each in fields(row):
+        value = getattr(row, each.name)
+        if not _FITS[str(each.type)](value):
+            raise ValueError(f"{each.name}={value!r:.80} must be {each.type}")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    # A whole number that is too large for a float would end in an OverflowError.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not (isinstance(value, int) and abs(value) > 2**63)
+    )
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: _is_number(value) and isinstance(value, int),
+    "float": _is_number,
+    "tuple[float, float]": _is_pair,
+    "tuple[float, float] | None": lambda value: value is None or _is_pair(value),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+}
 
 
 def _pairs(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """The quality and the speed table.
 
+The script sorts rows within each body: those of one task, or of one length.
+
 A cell that loses against full attention is marked by a word, not by colour alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -16,6 +19,7 @@ from dynmask.report.html import (
     percent,
     score_text,
     scroll,
+    sort_key,
 )
 from dynmask.report.results import MODES, QualityRow, SpeedRow
 
@@ -60,9 +64,10 @@ def quality_table(rows: Sequence[QualityRow]) -> str:
             lines.append(
                 f"<tr{' class=losing' if loss else ''}>"
                 f'<th scope="row">{escape(mode_name(row.mode))}{mark}</th>'
-                f"<td>{score_text(row)}</td><td>{interval_text(row)}</td><td>{row.n}</td>"
-                f"<td>{percent(row.density)}\u00a0%</td><td>{percent(row.computed)}\u00a0%</td>"
-                f"<td>{number(row.seconds, 1)}</td></tr>"
+                f"<td{sort_key(row.score)}>{score_text(row)}</td>"
+                f"<td{sort_key(_low(row.interval))}>{interval_text(row)}</td>"
+                f"<td{sort_key(row.n)}>{row.n}</td>{_shares(row)}"
+                f"<td{sort_key(row.seconds)}>{number(row.seconds, 1)}</td></tr>"
             )
         better = "more is better" if members[0].metric == "accuracy" else "less is better"
         bodies.append(
@@ -71,11 +76,8 @@ def quality_table(rows: Sequence[QualityRow]) -> str:
             + "".join(lines)
             + "</tbody>"
         )
-    head = (
-        "<thead><tr><th>Mode</th><th>Score</th><th>95\u00a0%&nbsp;interval</th><th>n</th>"
-        "<th>Density</th><th>Computed</th><th>Time, s</th></tr></thead>"
-    )
-    return scroll("Quality", f"<table>{head}{''.join(bodies)}</table>")
+    names = ["Mode", "Score", "95\u00a0%\u00a0interval", "n", "Density", "Computed", "Time, s"]
+    return sortable("Quality of each mode, by task", names, "".join(bodies))
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> str:
@@ -92,11 +94,13 @@ def speed_table(rows: Sequence[SpeedRow]) -> str:
                 f"<tr{' class=losing' if loss else ''}>"
                 f'<th scope="row">{escape(mode_name(row.mode))}{mark}'
                 f'<small class="impl">{escape(row.impl)}</small></th>'
-                f"<td>{number(row.seconds, 3)}</td>"
-                f"<td>{number(row.spread[0], 3)}–{number(row.spread[1], 3)}</td>"
-                f"<td>{number(row.ratio)}\u00a0×</td>"
-                f"<td>{number(row.ratio_spread[0])}–{number(row.ratio_spread[1])}</td>"
-                f"<td>{percent(row.density)}\u00a0%</td><td>{percent(row.computed)}\u00a0%</td></tr>"
+                f"<td{sort_key(row.seconds)}>{number(row.seconds, 3)}</td>"
+                f"<td{sort_key(_low(row.spread))}>"
+                f"{number(row.spread[0], 3)}–{number(row.spread[1], 3)}</td>"
+                f"<td{sort_key(row.ratio)}>{number(row.ratio)}\u00a0×</td>"
+                f"<td{sort_key(_low(row.ratio_spread))}>"
+                f"{number(row.ratio_spread[0])}–{number(row.ratio_spread[1])}</td>"
+                f"{_shares(row)}</tr>"
             )
         bodies.append(
             f'<tbody><tr class="group"><th colspan="7" scope="rowgroup">{number(length, 0)} tokens '
@@ -104,8 +108,34 @@ def speed_table(rows: Sequence[SpeedRow]) -> str:
             + "".join(lines)
             + "</tbody>"
         )
-    head = (
-        "<thead><tr><th>Mode</th><th>Median, s</th><th>Spread, s</th><th>Speed-up</th>"
-        "<th>Spread</th><th>Density</th><th>Computed</th></tr></thead>"
+    names = ["Mode", "Median, s", "Spread, s", "Speed-up", "Spread", "Density", "Computed"]
+    return sortable("Prefill time of each mode, by length", names, "".join(bodies))
+
+
+def sortable(caption: str, names: Sequence[str], bodies: str, *, tall: bool = False) -> str:
+    """Return a table in its scrolling region; the script lets its columns sort.
+
+    Args:
+        caption: What the table shows.
+        names: Of the columns.
+        bodies: HTML of one or more ``tbody``; rows of the class ``group`` stay first in theirs.
+        tall: As for `scroll`.
+    """
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    return scroll(
+        caption,
+        f'<table class="sortable"><caption class="unseen">{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead>{bodies}</table>",
+        tall=tall,
     )
-    return scroll("Speed", f"<table>{head}{''.join(bodies)}</table>")
+
+
+def _low(ends: tuple[float, float] | None) -> float:
+    return ends[0] if ends else math.nan
+
+
+def _shares(row: QualityRow | SpeedRow) -> str:
+    return "".join(
+        f"<td{sort_key(share)}>{percent(share)}\u00a0%</td>"
+        for share in (row.density, row.computed)
+    )

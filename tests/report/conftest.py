@@ -43,11 +43,11 @@ def make_layer(random, settings):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_plan():
-    def make(architecture="TinyForCausalLM"):
+    def make(architecture="TinyForCausalLM", *, seed=0):
         settings = Settings(capture_length=LENGTH, coverage=0.5)
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator().manual_seed(seed)
         return MaskPlan(
             fingerprint={"architecture": architecture, "heads": HEADS, "weights": {"w": [1.5]}},
             settings=settings,
@@ -63,7 +63,7 @@ def plan(make_plan):
     return make_plan()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def results():
     def row(task, mode, metric, score, interval, density):
         return QualityRow(
