@@ -11,6 +11,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -123,10 +124,9 @@ def _guarded(arguments: argparse.Namespace, output: Output) -> int:
         message = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
         if arguments.debug:
             output.errors.print_exception()
-    from rich.text import Text
-
-    output.errors.print(Text(f"dynmask {arguments.command}: {message}", style="bold red"))
-    output.finish({"error": message, "exit_code": code})
+    output.fail(f"dynmask {arguments.command}: {message}")
+    with suppress(OSError):  # Standard output may be what failed.
+        output.finish({"error": message, "exit_code": code})
     return code
 
 

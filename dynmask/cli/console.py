@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from rich.text import Text
 
 #: `report(done, total, note)`: `done` of `total` steps are finished, `note` says what comes next.
 Report = Callable[[int, int, str], None]
+
+# Control characters save tab and newline, marks that turn the direction of text, and surrogates.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 #: Seconds between two progress lines where standard error is not a terminal.
 LINE_INTERVAL = 5.0
@@ -35,7 +39,11 @@ class Output:
 
     def say(self, text: str = "", *, style: str | None = None) -> None:
         """Print one paragraph; the text is taken literally, without markup."""
-        self.human.print(Text(text, style=style or ""))
+        self.human.print(Text(visible(text), style=style or ""))
+
+    def fail(self, text: str) -> None:
+        """Print an error on standard error."""
+        self.errors.print(Text(visible(text), style="bold red"))
 
     def table(
         self,
@@ -57,7 +65,7 @@ class Output:
             breaks: Indices of the rows that a line follows.
         """
         table = Table(
-            title=Text(title, style="bold") if title else None,
+            title=Text(visible(title), style="bold") if title else None,
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -72,7 +80,7 @@ class Output:
                 no_wrap=index >= left,
             )
         for index, row in enumerate(rows):
-            table.add_row(*(Text(cell) for cell in row), end_section=index in breaks)
+            table.add_row(*(Text(visible(cell)) for cell in row), end_section=index in breaks)
         self.human.print(table)
 
     def finish(self, document: dict[str, Any]) -> None:
@@ -106,6 +114,15 @@ class Output:
             self.errors.print(Text(f"{title}: {done} of {total}{f', {note}' if note else ''}"))
 
         return report
+
+
+def visible(text: str) -> str:
+    r"""Return text with what a terminal would obey, or cannot show, written out as ``\x1b``.
+
+    Names in plans, results and models are somebody else's; an escape sequence in one could retitle
+    the terminal, hide lines or fill the clipboard.
+    """
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _bar(console: Console) -> Progress:

@@ -10,9 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 EMBEDDED = "embedded"
+
+#: Most bytes of a file of texts, unpacked: a small .xz file may unpack to any size.
+MAX_TEXT_BYTES = 2**30
 
 
 class Loaded(NamedTuple):
@@ -88,9 +91,14 @@ def _from_transformers(name: str, dtype: Any) -> tuple[Any, Any]:
         raise ValueError(f"--model {name}: there is no such folder")
     try:
         folder = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        # No code of the folder's is run or offered to be, and nothing is unpickled.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError:  # A package is missing: another message, another exit code.
+        raise
+    except Exception as error:  # Damaged files end in many of them.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"--model {name}: transformers cannot load it as a causal language model with its "
@@ -118,11 +126,16 @@ def _read_file(path: Path) -> list[str]:
     if not kinds or kinds[0] not in (".txt", ".jsonl"):
         raise ValueError(f"--texts {path}: give a .txt or .jsonl file, or either with .xz")
     try:
-        data = path.read_bytes()
-        content = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            data = _read(file, MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise ValueError(
+                f"--texts {path}: over {MAX_TEXT_BYTES / 2**30:g} GiB of text; split the file"
+            )
+        content = data.decode("utf-8")
     except OSError as error:
         raise ValueError(f"--texts {path}: {error.strerror}") from error
-    except (lzma.LZMAError, UnicodeDecodeError) as error:
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"--texts {path}: damaged, or not what its name says ({error})") from error
     if kinds[0] == ".txt":
         return [content]
@@ -133,14 +146,25 @@ def _read_file(path: Path) -> list[str]:
     ]
 
 
+def _read(file: IO[bytes], most: int) -> bytes:
+    """Read at most so many bytes, and take no memory for more than there are."""
+    content = bytearray()
+    while part := file.read(min(2**20, most - len(content))):
+        content += part
+    return bytes(content)
+
+
 def _record(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--texts {path}, line {number}: not JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'--texts {path}, line {number}: needs a string under the key "text"')
-    return record["text"]
+    text: str = record["text"]
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"--texts {path}, line {number}: half a surrogate pair is no text")
+    return text
 
 
 def check_writable(path: str | os.PathLike[str], *, option: str = "--out") -> Path:
@@ -166,5 +190,8 @@ def check_writable(path: str | os.PathLike[str], *, option: str = "--out") -> Pa
 def write_text(target: Path, text: str) -> None:
     """Write to a temporary file beside `target`, then rename it: whole or not at all."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -132,6 +132,17 @@ def check_fields(
     return record
 
 
+def depth(value: object) -> int:
+    """Return how deep lists and dicts are nested; 0 for anything else."""
+    level, found = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        found += 1
+        level = [
+            part for item in level for part in (item.values() if isinstance(item, dict) else item)
+        ]
+    return found
+
+
 def is_int(value: object, low: int, high: int) -> bool:
     """True for an int (no bool) in `[low, high]`."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -21,6 +21,7 @@ from dynmask.dam.codec import (
     check_fields,
     check_record,
     decode_layer,
+    depth,
     encode_layer,
     is_int,
     largest_file,
@@ -32,6 +33,8 @@ from dynmask.dam.settings import Settings
 from dynmask.masks import Stripes
 
 MODES = ("static", "auto", "dense")
+# Whoever reads a fingerprint later may recurse into it.
+_MAX_DEPTH = 16
 
 _DATA = {
     "sha256": store.is_sha256,
@@ -87,6 +90,8 @@ class MaskPlan:
             plain = json.loads(store.canonical(self.fingerprint))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"fingerprint must hold plain json values: {error}") from error
+        if depth(plain) > _MAX_DEPTH:
+            raise ValueError(f"fingerprint is nested deeper than {_MAX_DEPTH} levels")
         object.__setattr__(self, "fingerprint", plain)
         check_fields(self.data, _DATA, "data")
         if not self.layers:

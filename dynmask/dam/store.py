@@ -7,12 +7,14 @@ canonical form. The hashes find damage and careless edits; they are no signature
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,12 @@ import safetensors.torch
 from torch import Tensor
 
 from dynmask.dam.codec import check_fields, is_int
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Not on Windows.
+    fcntl = None
 
 FORMAT = "dynmask-plan"
 VERSION = 1
@@ -40,6 +48,14 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             written there.
     """
     folder = Path(folder)
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()
+    except (OSError, ValueError) as error:  # A name that no file can have.
+        raise ValueError(
+            f"cannot write a plan to {str(folder)!r}: {getattr(error, 'strerror', None) or error};"
+            " choose another folder"
+        ) from error
     home = folder
     while not os.path.lexists(home) and home != home.parent:
         home = home.parent
@@ -47,7 +63,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         _check_target(folder)
         probe = home / _scratch_name()
         probe.mkdir()
-        probe.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # A save tidied up.
+            probe.rmdir()
     except OSError as error:
         raise ValueError(
             f"cannot write a plan to {folder}: {error.strerror or error} ({home}); choose another"
@@ -84,24 +101,23 @@ def write(folder: str | os.PathLike[str], body: dict[str, Any], tensors: dict[st
     body["sha256"] = _digest(body)
     text = json.dumps(body, indent=1, allow_nan=False).encode()
 
+    files = {name: content, JSON_NAME: text}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    replace = folder.exists()
-    # Inside an existing folder, since its parent may be read-only or another file system.
-    with _scratch(folder if replace else folder.parent) as scratch:
-        _write_file(scratch / name, content)
-        _write_file(scratch / JSON_NAME, text)
-        _sync_folder(scratch)
-        if replace:
+    if folder.exists():
+        # Inside the folder, since its parent may be read-only or another file system.
+        with _locked(folder), _scratch(folder) as scratch:
+            _fill(scratch, files)
             os.replace(scratch / name, folder / name)
             _sync_folder(folder)
             os.replace(scratch / JSON_NAME, folder / JSON_NAME)
-        else:
+            _sync_folder(folder)
+            _tidy(folder, name)
+    else:
+        with _scratch(folder.parent) as scratch:
+            _fill(scratch, files)
             os.rename(scratch, folder)
     _sync_folder(folder)
     _sync_folder(folder.parent)
-    for old in folder.iterdir():
-        if _TENSORS_NAME.fullmatch(old.name) and old.name != name:
-            old.unlink()
 
 
 def read_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -115,11 +131,11 @@ def read_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / JSON_NAME
     with _faults(path):
-        size = path.stat().st_size
+        size = _size(path)
         if size > _MAX_JSON_BYTES:
             raise ValueError(f"is {size} bytes, more than a plan's json may have")
         body = json.loads(
-            path.read_bytes(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            _read_file(path, size), object_pairs_hook=_unique, parse_constant=_refuse_constant
         )
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError(f"is not a plan: it lacks format {FORMAT!r}")
@@ -159,15 +175,22 @@ def read_tensors(
         )
     path = Path(folder) / checked["file"]
     with _faults(path):
-        size = path.stat().st_size
+        size = _size(path)
         if size != checked["bytes"]:
             raise ValueError(f"is {size} bytes, but {checked['bytes']} were written")
-        content = path.read_bytes()
+        content = _read_file(path, size)
         if hashlib.sha256(content).hexdigest() != checked["sha256"]:
             raise ValueError("does not match its sha256: it is damaged or of another plan")
         try:
             return safetensors.torch.load(content)
-        except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        # The last two come from torch, for sizes that no tensor can have.
+        except (
+            safetensors.SafetensorError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
             raise ValueError(f"is no safetensors file: {error}") from error
 
 
@@ -224,6 +247,55 @@ def _scratch(home: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one save at a time change a folder; the lock ends with its process, also a killed one."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # Some network file systems have no locks.
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _fill(scratch: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        _write_file(scratch / name, content)
+    _sync_folder(scratch)
+
+
+def _tidy(folder: Path, name: str) -> None:
+    """Remove the tensors of earlier plans, and what killed saves left behind."""
+    for old in folder.iterdir():
+        if old.name == name or not _OURS.fullmatch(old.name):
+            continue
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    """Size of a regular file: reading a device or a pipe might never end."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is a device or a pipe, no file")
+    return status.st_size
+
+
+def _read_file(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(size + 1)  # Not more, even if it grows meanwhile.
+    if len(content) != size:
+        raise ValueError("changed its size while it was read")
+    return content
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ from dynmask.hf import compat
 from dynmask.hf.capped import capped_layer
 from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.keys import KeySlots, slots_of
+from dynmask.hf.parallel import heads_here
 from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.tally import Tally, kind_of
 from dynmask.masks import Stripes
@@ -41,8 +42,22 @@ class Attached:
         self.impl = impl
         self.tally = tally
         self.own = own
+        self._read()
+
+    def _read(self) -> None:
+        stripes = self.stripes
         self.striped = stripes is not None and not bool(stripes.full_heads.all())
         self._copies = None if stripes is None else HeadStripes(stripes)
+
+    def meet(self, heads: int) -> None:
+        """Fit to the query heads of a call: tensor parallelism leaves a process some of them."""
+        if self.stripes is None or heads == self.stripes.heads:
+            return
+        self.stripes = heads_here(self.layer.module, self.stripes, heads)
+        self._read()
+        if self.dynamic is not None:
+            dense = bool(self.stripes.full_heads.any())
+            self.dynamic = LayerPolicy(self.dynamic.settings, self.stripes) if dense else None
 
     @property
     def sparse(self) -> bool:
@@ -134,6 +149,8 @@ def dynmask_attention(
     """
     compat.refuse_unknown_arguments(module, arguments, is_causal=is_causal)
     attached: Attached | None = vars(module).get(compat.ATTACHED)
+    if attached is not None:
+        attached.meet(query.shape[1])
     capped = capped_layer(key)
     if attached is None or capped is None:
         return _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
@@ -143,6 +160,7 @@ def dynmask_attention(
             "capped cache: pass a 2-d attention_mask, or another cache"
         )
     slots = slots_of(attention_mask, key)
+    capped.check(slots)
     if capped.evicted:
         _refuse_dropout(dropout)
         found, impl = capped.attend(query, slots, scale=scaling, impl=attached.impl)
@@ -184,6 +202,12 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
         )
     slots = slots_of(attention_mask, key)
+    if key.shape[2] < slots.length:
+        raise ValueError(
+            f"a layer of the cache holds {key.shape[2]} tokens of {slots.length}: an earlier call "
+            "was cut off (out of memory, interrupted); make a new cache and give it the whole "
+            "prompt again"
+        )
     key, value = key[:, :, : slots.length], value[:, :, : slots.length]
     kind = kind_of(q_len, slots.length)
     found = None if attached is None else attached.chosen(query, key, value, slots, kind, scaling)

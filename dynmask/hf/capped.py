@@ -73,12 +73,14 @@ class CappedLayer(DynamicLayer):
         """Take in new tokens; return what the rows of this call see, for `dynmask_attention`.
 
         Raises:
-            ValueError: The call is not one of the run that made the cache.
+            ValueError: The call is not one of the run that made the cache, or the one before it
+                was cut off.
         """
         if not self._lease.open or not self._settled:
             raise ValueError(
-                "this capped cache is for the model inside accelerate() that made it: run that "
-                "model inside the with block, and make a new cache with run.cache() for each run"
+                "this capped cache is for the model inside accelerate() that made it, or its last "
+                "call was cut off (out of memory, interrupted): run that model inside the with "
+                "block, and make a new cache with run.cache() for each run and after an error"
             )
         new = key_states.shape[2]
         # Before a short call rather than after it, so that the call's tokens can be cropped again.
@@ -92,6 +94,22 @@ class CappedLayer(DynamicLayer):
         keys = keys.view_as(keys)
         setattr(keys, _LAYER, self)
         return keys, values
+
+    def check(self, slots: KeySlots) -> None:
+        """Refuse to go on where layers have seen different tokens.
+
+        Args:
+            slots: Of all tokens so far, as the first layer counts them.
+
+        Raises:
+            ValueError: An earlier call was cut off.
+        """
+        if self._seen != slots.length:
+            raise ValueError(
+                f"a layer of this capped cache has seen {self._seen} tokens of {slots.length}: an "
+                "earlier call was cut off (out of memory, interrupted); make a new cache with "
+                "run.cache() and give it the whole prompt again"
+            )
 
     def attend(
         self, query: Tensor, slots: KeySlots, *, scale: float | None, impl: str

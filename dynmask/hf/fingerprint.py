@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.hf.compat import attention_layers, text_config
+from dynmask.hf.parallel import whole
 
 _PARAMETERS_PER_KIND = 2
 _VALUES_PER_PARAMETER = 8
@@ -23,7 +24,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Configuration facts that shape the maps, and a sample of weights: of every kind of matrix
     (parameter names with their numbers left out) two parameters far apart in depth, and of each
-    eight values spread evenly over it. Weights on the meta device (offloaded) are left out.
+    eight values spread evenly over it. Weights on the meta device (offloaded) are left out; those
+    that are spread over processes are gathered, one by one, so all processes must call.
 
     Args:
         model: A causal language model of transformers.
@@ -82,13 +84,19 @@ def compare(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
         if here.get(key) != there.get(key)
     ]
     ours, theirs = here.get("weights", {}), there.get("weights", {})
+    if not isinstance(theirs, dict):
+        return [*differences, "weights: no mapping in the plan"]
     # An offloaded weight can be missing on one side; a renamed or unknown one on both differs.
     shared = sorted(ours.keys() & theirs.keys())
     if not shared and (ours or theirs):
         differences.append("no weight name in common")
     for name in shared:
         a = torch.tensor(ours[name], dtype=torch.float64)
-        b = torch.tensor(theirs[name], dtype=torch.float64)
+        try:
+            b = torch.tensor(theirs[name], dtype=torch.float64)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            differences.append(f"weight {name}: no numbers in the plan")
+            continue
         if a.shape != b.shape:
             differences.append(f"weight {name}: another size")
         elif not torch.allclose(a, b, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True):
@@ -115,7 +123,7 @@ def _chosen(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _sample(weight: Tensor) -> list[float]:
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight.detach()).reshape(-1)
     steps = torch.arange(_VALUES_PER_PARAMETER, dtype=torch.float64) + 0.5
     places = (steps / _VALUES_PER_PARAMETER * len(flat)).long().to(flat.device)
     return [float(value) for value in flat[places].double().cpu()]

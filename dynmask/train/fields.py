@@ -11,6 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dynmask.train.loader import parse
+
 
 def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -51,7 +53,7 @@ def read(kind: type, raw: Any, where: str) -> Any:
         ValueError: A field is unknown, missing or of another type; or the class refuses its values.
     """
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: {raw!r} is not a mapping of fields")
+        raise ValueError(f"{where}: {raw!r:.80} is not a mapping of fields")
     known = {f.name: f for f in fields(kind)}
     check_names(raw, known, where)
     for name, f in known.items():
@@ -93,19 +95,19 @@ def _value(hint: Any, value: Any, name: str, where: str) -> Any:
         return read(hint, value, f"{where}: {name}")  # type: ignore[arg-type]
     if get_origin(hint) is tuple and get_args(hint)[1:] == (Ellipsis,):
         if not isinstance(value, list):
-            raise ValueError(f"{where}: {name}={value!r} must be a list")
+            raise ValueError(f"{where}: {name}={value!r:.80} must be a list")
         return tuple(read(get_args(hint)[0], item, f"{where}: {name}") for item in value)
     fits, wanted = _FITS[hint]
     if not fits(value):
-        raise ValueError(f"{where}: {name}={value!r} must be {wanted}")
+        raise ValueError(f"{where}: {name}={value!r:.80} must be {wanted}")
     return tuple(value) if isinstance(value, list) else value
 
 
 def _one_of(options: list[Any], value: Any, where: str) -> Any:
     by_type = {option.type: option for option in options}
     chosen = value.get("type") if isinstance(value, dict) else None
-    if chosen not in by_type:
-        raise ValueError(f"{where}: type={chosen!r} must be one of {', '.join(by_type)}")
+    if not isinstance(chosen, str) or chosen not in by_type:
+        raise ValueError(f"{where}: type={chosen!r:.80} must be one of {', '.join(by_type)}")
     rest = {name: part for name, part in value.items() if name != "type"}
     return read(by_type[chosen], rest, where)
 
@@ -161,8 +163,8 @@ def changed(raw: Any, settings: list[str]) -> Any:
 
 def _scalar(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse(text)
+    except (ValueError, yaml.YAMLError):
         return text  # such as the glob *.txt
     if isinstance(value, str):
         try:

@@ -218,7 +218,7 @@ def _check_room(config: PreTrainedConfig, recipe: Recipe, vocab_size: int) -> No
 
 def _type_of(kind: str, source: str, fields: dict[str, Any]) -> str:
     """The type of a checkpoint, from which ``kind`` can be had with these fields."""
-    found = str(AutoConfig.from_pretrained(source).model_type)
+    found = str(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
     if found == kind:
         if _DENSE_ONLY in fields:
             raise ValueError(f"{_DENSE_ONLY} is for a dense model, this is a {found} one")

@@ -131,7 +131,7 @@ def _tokenizer(recipe: Recipe, texts: Texts, out: Path) -> PreTrainedTokenizerBa
         return load_tokenizer()
     if name is not None or kept.exists():
         try:
-            return AutoTokenizer.from_pretrained(name or kept)
+            return AutoTokenizer.from_pretrained(name or kept, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer: {name} cannot be loaded ({error})") from error
     tokenizer = train_tokenizer(

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dynmask.train.fields import changed, plain, read
+from dynmask.train.loader import parse
 from dynmask.train.mqar import Mqar
 from dynmask.train.sections import (
     Cosine,
@@ -24,6 +25,7 @@ from dynmask.train.sections import (
 MODELS = ("llama", "dma", "mistral", "deepseek_v3", "nsa", "moba")
 """Types of models; see `dynmask.train.models`."""
 
+_MAX_BYTES = 2**18
 
 FREE = (
     "micro_tokens",
@@ -119,7 +121,7 @@ class Recipe:
             ("save_every", self.save_every, self.save_every >= 1),
             ("eval_every", self.eval_every, self.eval_every >= 0),
             ("eval_sequences", self.eval_sequences, self.eval_sequences >= 1),
-            ("seed", self.seed, self.seed >= 0),
+            ("seed", self.seed, 0 <= self.seed < 2**32),  # numpy takes no more
         ):
             if not good:
                 raise ValueError(f"{name}={value} is out of its range")
@@ -199,8 +201,8 @@ class Recipe:
                 its range, by name.
         """
         try:
-            raw = yaml.safe_load(_find(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            raw = parse(_text(_find(path)))
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(
                 f"recipe: {path} cannot be read ({error}); give a YAML file or the name of a "
                 f"recipe: {', '.join(named_recipes())}"
@@ -224,6 +226,14 @@ def named_recipes() -> list[str]:
     """Names of the package's recipes."""
     folder = resources.files("dynmask.train").joinpath("recipes")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)  # not more: it may be a device
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"it has over {_MAX_BYTES} bytes")
+    return content.decode("utf-8")
 
 
 def _find(path: Path | str) -> Path:

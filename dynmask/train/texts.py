@@ -70,7 +70,7 @@ class Folder:
                 for number, line in enumerate(stream, start=1):
                     try:
                         text = json.loads(line)[self.column]
-                    except (ValueError, KeyError, TypeError):
+                    except (ValueError, KeyError, TypeError, RecursionError):
                         text = None
                     if not isinstance(text, str):
                         raise ValueError(
