@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 # Arguments of an attention function that do not change the probabilities, or that dynmask honours
-# in another way (the window and packing reach it through the mask).
+# in another way (the window and packing reach it through the mask). ``generate`` needs its
+# tokenizer for stop strings, and hands it to the model as well.
 _HARMLESS = frozenset(
     {
         "cache_position",
@@ -33,6 +34,7 @@ _HARMLESS = frozenset(
         "return_dict",
         "sliding_window",
         "token_type_ids",
+        "tokenizer",
         "use_cache",
     }
 )
