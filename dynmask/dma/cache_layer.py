@@ -220,6 +220,10 @@ class LifetimeLayer(CacheLayerMixin):
         """Return the tokens seen, padding and evicted ones included."""
         return self._seen
 
+    def tell_length(self, count: int) -> None:
+        """Say how many tokens were seen, where `update` got only the best of them."""
+        self._seen = count
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return ``(tokens seen and new, 0)``, the width of an attention mask and where it begins.
 

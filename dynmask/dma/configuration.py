@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from dynmask.dma.score import SCORES
 from dynmask.dma.selection import check_keep
 from dynmask.dma.sizes import SIZES
+from dynmask.dma.tensor_parallel import STYLE
 from dynmask.ops.attention import BACKENDS
 
 
@@ -61,6 +62,20 @@ class DmaConfig(PreTrainedConfig):
 
     model_type = "dma"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    base_model_tp_plan = {  # noqa: RUF012
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.score": STYLE,
+        "layers.*.self_attn.score.dt_proj": "rowwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 32768
     hidden_size: int = 768

@@ -164,7 +164,7 @@ def from_pretrained_dense(
             config.sliding_window,
         )
     if not isinstance(model, PreTrainedModel):
-        model = AutoModelForCausalLM.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
     state = dict(model.state_dict())
     groups = wanted.num_key_value_heads
     assert groups is not None
@@ -179,7 +179,7 @@ def from_pretrained_dense(
 
 def _config_of(model: PreTrainedModel | str | PathLike[str]) -> PreTrainedConfig:
     if not isinstance(model, PreTrainedModel):
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language modeling head: pass the causal model"

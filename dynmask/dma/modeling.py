@@ -24,8 +24,16 @@ from dynmask.dma.score import ValueScore
 from dynmask.dma.selection import check_keep
 from dynmask.dma.slots import Slots, check_tokens, read_slots
 
+# ``generate`` needs its tokenizer for stop strings, and hands it to the model as well.
 _HARMLESS = frozenset(
-    {"cache_position", "is_causal", "num_items_in_batch", "output_hidden_states", "token_type_ids"}
+    {
+        "cache_position",
+        "is_causal",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "token_type_ids",
+        "tokenizer",
+    }
 )
 _PACKED = frozenset({"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"})
 
@@ -204,6 +212,7 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DmaConfig):
         super().__init__(config)

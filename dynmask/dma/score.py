@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,8 +34,14 @@ class ValueScore(nn.Module):
     Raises:
         ValueError: If ``form`` is neither.
 
+    Attributes:
+        own_heads: None, or under tensor parallelism what sums ``Wdt v`` over the processes and
+            returns the part of this one's kv heads.
+
     Source: DMA, arXiv 2508.02124, section 3.1.
     """
+
+    own_heads: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, groups: int, head_dim: int, *, form: str = "exp", std: float = 0.02):
         super().__init__()
@@ -48,15 +57,22 @@ class ValueScore(nn.Module):
         """Return the scores.
 
         Args:
-            values: ``[B, G, N, d]``.
+            values: ``[B, G, N, d]``; under tensor parallelism of this process's kv heads.
 
         Returns:
             ``[B, G, N]``, float32 (or float64), differentiable in the values, ``A`` and ``Wdt``.
         """
+        weight: Any = self.dt_proj.weight
+        factor: Any = self.A
+        if self.own_heads is not None:
+            weight, factor = weight.to_local(), factor.to_local()
         dtype = torch.promote_types(values.dtype, torch.float32)
         with torch.autocast(values.device.type, enabled=False):
             flat = values.transpose(1, 2).flatten(2).to(dtype)
-            step = F.softplus(F.linear(flat, self.dt_proj.weight.to(dtype))) * self.A.to(dtype)
+            dt = F.linear(flat, weight.to(dtype))
+            if self.own_heads is not None:
+                dt = self.own_heads(dt)
+            step = F.softplus(dt) * factor.to(dtype)
             score = step.exp() if self.form == "exp" else step
             return score.transpose(1, 2)
 

@@ -31,13 +31,13 @@ def check_keep(keep: Keep, layers: int) -> None:
         if len(keep) != layers:
             raise ValueError(f"keep has {len(keep)} entries for {layers} layers: give one a layer")
         for entry in keep:
-            if isinstance(entry, float | Sequence):
+            if isinstance(entry, (float, Sequence)):
                 raise ValueError(f"keep by layer must hold integers or None, got {entry!r}")
             check_keep(entry, layers)
         return
     if keep is None:
         return
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise ValueError(
             f"keep={keep!r} must be an integer, a share between 0 and 1, one integer a layer, "
             "or None for all keys"

@@ -194,6 +194,11 @@ def _run(
                     layer.make_masks()
             if layer is not None and index is not None:
                 done[index] = layer.plan()
+                if done[index].heads != wanted[at].heads:
+                    raise ValueError(
+                        f"layer {index} has {wanted[at].heads} heads, of which this process "
+                        f"computes {done[index].heads}: calibrate the model without a tp_plan"
+                    )
                 work.save(index, done[index])
 
 

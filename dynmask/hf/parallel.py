@@ -1,0 +1,59 @@
+"""Tensor parallel models: each process holds some of a layer's heads, one run of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dynmask.masks import Stripes
+
+
+def heads_here(module: nn.Module, stripes: Stripes, heads: int) -> Stripes:
+    """Return the stripes of the heads that this process computes.
+
+    transformers (``tp_plan``) splits the projections of queries, keys and values by rows, so
+    process ``r`` of ``P`` computes the query heads ``r H/P`` to ``(r + 1) H/P - 1`` and the kv
+    heads that belong to them. Nothing else says so: the configuration still counts all heads.
+
+    Args:
+        module: The attention module, of whose weights some are DTensors.
+        stripes: Of all heads of the layer, without padding.
+        heads: Query heads that the module computed here.
+
+    Raises:
+        ValueError: If the heads are not split evenly over one mesh dimension.
+    """
+    rank, size = _place(module)
+    if heads * size != stripes.heads:
+        raise ValueError(
+            f"{type(module).__name__} computes {heads} of {stripes.heads} heads on one of {size} "
+            "processes, which dynmask cannot tell apart: load the model with transformers' "
+            "tp_plan, over a number of processes that divides the heads"
+        )
+    here = slice(rank * heads, (rank + 1) * heads)
+    return Stripes(
+        columns=stripes.columns[here],
+        offsets=stripes.offsets[here],
+        full_heads=stripes.full_heads[here],
+        corner=None if stripes.corner is None else stripes.corner[here],
+    )
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight in full, where it is spread over processes; all of them must ask for it."""
+    gather: Any = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
+
+
+def _place(module: nn.Module) -> tuple[int, int]:
+    """Return this process's number and how many there are, from where the module's weights lie."""
+    for weight in module.parameters():
+        mesh: Any = getattr(weight, "device_mesh", None)
+        if mesh is None:
+            continue
+        if "tp" in (mesh.mesh_dim_names or ()):
+            mesh = mesh["tp"]
+        if mesh.ndim == 1:
+            return mesh.get_local_rank(), mesh.size()
+    return 0, 1
