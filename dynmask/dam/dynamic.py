@@ -79,7 +79,7 @@ class Dynamic:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if self.landmarks > self.block:
             raise ValueError(
-                f"landmarks={self.landmarks} must be at most block={self.block}, whose keys they are"
+                f"landmarks={self.landmarks} must be at most block={self.block}: they are its keys"
             )
 
     def applies(self, q_len: int, k_len: int) -> bool:

@@ -12,9 +12,9 @@ def landmarks(k: Tensor, count: int) -> Tensor:
     r"""Return the ``count - 1`` keys of each block that lie farthest apart, and the others' mean.
 
     The first is the key farthest from the block's mean, and each next one the farthest from the
-    mean and those taken, by Euclidean distance; of equally far keys the first. So a key that differs from its
-    neighbours, as a fact in running text does, stands for itself. Together with their counts (1
-    each, and ``block - count + 1`` for the mean) landmarks have the block's mean.
+    mean and those taken, by Euclidean distance; of equally far keys the first. So a key that
+    differs from its neighbours, as a fact in running text does, stands for itself. Together with
+    their counts (1 each, and ``block - count + 1`` for the mean) landmarks have the block's mean.
 
     Args:
         k: ``[B, G, n, block, D]``, ``n`` blocks.

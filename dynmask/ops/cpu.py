@@ -46,7 +46,7 @@ def supports(
         return f"the cpu backend needs CPU tensors, these are on {q.device}"
     if mask is None:
         return 'without a mask there is nothing to skip; impl="sdpa" runs plain causal attention'
-    if not isinstance(mask, Stripes | Lifetimes):
+    if not isinstance(mask, (Stripes, Lifetimes)):
         return f"the cpu backend has no schedule for {type(mask).__name__}"
     inputs = [t for t in (q, k, v, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
