@@ -1,5 +1,7 @@
 """Training sequences that teach retrieval: text, needles in text, line records, key-value lists.
 
+And documents of further tasks, see ``dynmask.train.templates_niah`` and those beside it.
+
 Every maker fills exactly ``size`` tokens and gives each token a loss weight, so that answers count
 much and random numbers, which nothing can predict, count little.
 """
@@ -16,12 +18,20 @@ from dynmask.eval import prompts
 from dynmask.train.corpus import Corpus
 from dynmask.train.source import Batch, Step
 from dynmask.train.templates import CUT, Key, Piece, TemplateWriter, flatten, length
+from dynmask.train.templates_fwe import FrequentWords
+from dynmask.train.templates_hay import Draft, in_lines, in_text
+from dynmask.train.templates_niah import Niah
+from dynmask.train.templates_pairs import KeyValue
+from dynmask.train.templates_vt import VariableTracking
 
 Sequence = tuple[np.ndarray, np.ndarray]
 """Ids ``[size]`` int64 and weights ``[size]`` fp32."""
 
 KINDS = ("text", "needles", "lines", "pairs")
 """The kinds of sequences: methods of `Sequences` and shares in a `Mixture`."""
+
+TASKS = ("niah", "vt", "fwe", "keyvalue")
+"""Further kinds, of which a `Mixture` has none by default: RULER's tasks, key-value objects."""
 
 MIN_WORDS = 1000
 """Fewer key words would let a model learn the keys instead of looking them up."""
@@ -54,10 +64,14 @@ class Mixture:
     """Shares of the sequence kinds and the weights of their tokens; all other tokens weigh 1.
 
     Attributes:
-        text: share of running text; the four shares are normalised to one.
+        text: share of running text; the shares are normalised to one.
         needles: share of text with needles.
         lines: share of LongEval records.
         pairs: share of key-value lists.
+        niah: share of RULER's needles, several of a key or of a question among them.
+        vt: share of RULER's variable tracking.
+        fwe: share of RULER's frequent words.
+        keyvalue: share of key-value objects in the evaluation's wording.
         answer: loss weight of an answer.
         noise: loss weight of a random number where it is first written.
         key: loss weight of a key: random too, but made of words.
@@ -72,6 +86,10 @@ class Mixture:
     needles: float = 0.17
     lines: float = 0.45
     pairs: float = 0.08
+    niah: float = 0.0
+    vt: float = 0.0
+    fwe: float = 0.0
+    keyvalue: float = 0.0
     answer: float = 4.0
     noise: float = 0.02
     key: float = 0.1
@@ -79,13 +97,14 @@ class Mixture:
     inserted: tuple[int, int] = (1, 16)
 
     def __post_init__(self) -> None:
-        for name in (*KINDS, "answer", "noise", "key"):
+        for name in (*KINDS, *TASKS, "answer", "noise", "key"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"mixture: {name}={getattr(self, name)} must be a number of at least 0"
                 )
-        if not any(getattr(self, kind) for kind in KINDS):
-            raise ValueError(f"mixture: one of the shares {', '.join(KINDS)} must be over 0")
+        if not any(getattr(self, kind) for kind in (*KINDS, *TASKS)):
+            names = ", ".join((*KINDS, *TASKS))
+            raise ValueError(f"mixture: one of the shares {names} must be over 0")
         for name in ("questions", "inserted"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
@@ -106,7 +125,7 @@ class Sequences:
         ValueError: too few key words in the corpus.
     """
 
-    kinds = KINDS
+    kinds = (*KINDS, *TASKS)
 
     def __init__(
         self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, mixture: Mixture
@@ -120,6 +139,10 @@ class Sequences:
         self._write = TemplateWriter(tokenizer)
         self._end = tokenizer.eos_token_id
         self._full_stop = self._write.ids(".")[0]
+        self._niah = Niah(self._write, corpus.words, mixture)
+        self._vt = VariableTracking(self._write, mixture)
+        self._fwe = FrequentWords(self._write, mixture)
+        self._keyvalue = KeyValue(self._write, corpus.words, mixture)
 
     def require(self, tokens: int) -> None:
         """Raise ValueError unless a sequence of so many tokens can be made."""
@@ -144,18 +167,18 @@ class Sequences:
 
         Returns:
             ids ``[rows, size]`` int64, weights ``[rows, size]`` fp32 (a weight stands at the token
-            whose prediction it weighs), and kinds ``[rows]``, indices into ``KINDS``.
+            whose prediction it weighs), and kinds ``[rows]``, indices into ``kinds``.
 
         Raises:
             ValueError: the corpus is shorter than ``size``.
         """
         self.corpus.require(size)
-        shares = np.array([getattr(self.mixture, kind) for kind in KINDS])
-        kinds = rng.choice(len(KINDS), size=rows, p=shares / shares.sum())
+        shares = np.array([getattr(self.mixture, kind) for kind in self.kinds])
+        kinds = rng.choice(len(shares), size=rows, p=shares / shares.sum())
         ids = np.empty((rows, size), dtype=np.int64)
         weights = np.empty((rows, size), dtype=np.float32)
         for row, kind in enumerate(kinds):
-            ids[row], weights[row] = getattr(self, KINDS[kind])(rng, size)
+            ids[row], weights[row] = getattr(self, self.kinds[kind])(rng, size)
         return ids, weights, kinds
 
     def text(self, rng: np.random.Generator, size: int) -> Sequence:
@@ -217,16 +240,37 @@ class Sequences:
         room = size - 1 - length(asked) - sum(length(insert) for insert in inserts)
         if room < size // 4:
             return self.text(rng, size)
-        window = self._window(rng, room)
-        stops = np.append(np.flatnonzero(window == self._full_stop) + 1, room)
-        places = np.sort(stops[np.searchsorted(stops, rng.uniform(0, room, count))])
-        pieces: list[Piece] = []
-        last = 0
-        for insert, place in zip(inserts, places, strict=True):
-            pieces += [(window[last:place].tolist(), 1.0), *insert]
-            last = int(place)
-        pieces.append((window[last:].tolist(), 1.0))
+        pieces = in_text(rng, self._window(rng, room), inserts, stop=self._full_stop)
         return self._fill(rng, [*pieces, *asked], size)
+
+    def niah(self, rng: np.random.Generator, size: int) -> Sequence:
+        """RULER's needles in text, in noise or among other needles."""
+        return self._drafted(rng, self._niah.draft(rng, size), size)
+
+    def vt(self, rng: np.random.Generator, size: int) -> Sequence:
+        """RULER's chains of assignments in noise."""
+        return self._drafted(rng, self._vt.draft(rng, size), size)
+
+    def fwe(self, rng: np.random.Generator, size: int) -> Sequence:
+        """RULER's coded text, whose frequent words are asked for."""
+        pieces = self._fwe.pieces(rng, size - 1)
+        return self.text(rng, size) if pieces is None else self._fill(rng, pieces, size)
+
+    def keyvalue(self, rng: np.random.Generator, size: int) -> Sequence:
+        """A JSON object in the evaluation's wording, then questions for the values of keys."""
+        pieces = self._keyvalue.pieces(rng, size - 1, questions=self._questions(rng, size))
+        return self.text(rng, size) if pieces is None else self._fill(rng, pieces, size)
+
+    def _drafted(self, rng: np.random.Generator, draft: Draft, size: int) -> Sequence:
+        """A draft with as much hay as fits; running text if that is little."""
+        room = size - 1 - draft.tokens
+        if room < size // 8:
+            return self.text(rng, size)
+        if draft.hay is None:
+            hay = in_text(rng, self._window(rng, room), draft.hidden, stop=self._full_stop)
+        else:
+            hay = in_lines(rng, self._write, draft.hay, draft.hidden, room=room)
+        return self._fill(rng, [*draft.head, *hay, *draft.asked], size)
 
     def _record(
         self, rng: np.random.Generator, room: int, *, template: str, digits: int | None
