@@ -94,4 +94,5 @@ def test_help_names_exit_codes_and_fits(capsys, monkeypatch):
 
 
 def test_names_of_the_recipes():
-    assert named_recipes() == ["1.7B", "200M", "680M", "80M", "embedded", "mqar", "tiny"]
+    names = ["1.7B", "200M", "28M", "680M", "80M", "embedded", "mha", "mqar", "tiny"]
+    assert named_recipes() == names
