@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynmask.dam import Dynamic
+
 Row = dict[str, Any]
+DEFAULT = Dynamic().coverage
 
 PROTOCOL = """\
 Every method runs in the same layers on the same engine, prompt by prompt (batch 1), on the same
@@ -34,7 +37,7 @@ prompts; only which keys a row sees differs.
   comes within {tolerance} of the target, or as close as it can: `keep` of exact top-k, the window
   of StreamingLLM, equally many columns and diagonals of vertical-slash, and so on
   (`benchmarks/compare/all.yaml`, where everything else is, too). `dynamic` has no target: its rows
-  are values of `coverage`, whose default is 0.98.
+  are values of `coverage`, whose default is {default}.
 - **Intervals** are Wilson's, 95 %; the seed of the questions is {seed}. *Against full attention*
   counts the questions that only one of both gets: worse, better, and the p-value of the exact
   sign test (McNemar's, where an answer is right or wrong). The difference in points has a 95 %
@@ -85,6 +88,7 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
 def _protocol(rows: Sequence[Row]) -> str:
     row = rows[-1]
     return PROTOCOL.format(
+        default=DEFAULT,
         filler=max(r["task"]["filler"] for r in rows),
         prompts=row["calibration"]["prompts"],
         calibration=row["calibration"]["seed"],
@@ -220,7 +224,11 @@ def _depths(rows: Sequence[Row]) -> list[str]:
     full = next(row for row in rows if row["method"] == "full")
     if not full.get("tenths") or full["task"]["kind"] in ("vt", "multivalue", "multiquery"):
         return []
-    chosen = [r for r in rows if r["method"] == "full" or (r["of_values"] and r["target"] == 0.98)]
+    chosen = [
+        row
+        for row in rows
+        if row["method"] == "full" or (row["of_values"] and row["target"] == DEFAULT)
+    ]
     head = "| depth, % | " + " | ".join(f"{10 * i}-{10 * i + 10}" for i in range(10)) + " |"
     lines = ["", head, "|---" * 11 + "|"]
     for row in chosen:

@@ -22,7 +22,7 @@ class Keys:
     tiles of slots.
 
     Attributes:
-        landmarks: ``[B, G, n * L, D]``, ``L`` of each of the ``n`` whole blocks, see `landmarks`.
+        landmarks: ``[B, G, L, n, D]``, ``L`` of each of the ``n`` whole blocks, see `landmarks`.
         k: ``[B, G, summaries + K, D]``.
         v: ``[B, G, summaries + K, D]``.
         bias: ``[B, G, summaries + K]`` float32, or float64 for float64 keys: ``log(block)`` for a
@@ -56,7 +56,7 @@ class Keys:
         bias = torch.zeros(front + k_len, dtype=accumulation_dtype(k.dtype), device=k.device)
         bias[:count] = math.log(block)
         return cls(
-            landmarks(whole, marks).flatten(2, 3),
+            landmarks(whole, marks).transpose(2, 3).contiguous(),
             with_summaries(k),
             with_summaries(v),
             bias.expand(batch, groups, -1),

@@ -158,36 +158,39 @@ def _cost(
     q = q.view(batch, groups, heads // groups, tiles, tile, dim)
     real = ((row >= first) & (row < first + n)).to(accumulation_dtype(q.dtype))
 
-    near = _near_logits(q, keys, settings, far, row, first + n, scale)
+    q = q * scale
+    near = _near_logits(q, keys, settings, far, row, first + n)
     is_far = (torch.arange(count, device=q.device) < far[:, None])[:, None]
+    # What lies behind a tile must not even set the scale. Before this block all is far.
+    some = max(0, first // tile * tile - settings.near) // settings.block
+    behind = ~is_far[..., some:]
+    rows = q.flatten(2, 4)
     marks = settings.landmarks
-
-    def logits(of: Tensor) -> Tensor:
-        found = q.flatten(2, 4) @ of.mT
-        return found.to(near.dtype).mul_(scale).view(*q.shape[:5], -1)
-
-    weights = logits(keys.landmarks[:, :, : count * marks]).unflatten(-1, (count, marks))
-    # What lies behind a tile must not even set the scale.
-    weights.masked_fill_(~is_far[..., None], float("-inf"))
+    of_marks = keys.landmarks[:, :, :, :count].flatten(2, 3)
+    weights = (rows @ of_marks.mT).to(near.dtype).view(*q.shape[:5], marks, count)
+    weights[..., some:].masked_fill_(behind[..., None, :], float("-inf"))
+    summary = (rows @ keys.means(count).mT).to(near.dtype).view(*q.shape[:5], count)
+    summary[..., some:].masked_fill_(behind, float("-inf"))
     # Relative to the row's largest, which no block's mean logit exceeds.
-    largest = torch.maximum(weights.amax((-2, -1)), near.amax(-1))[..., None]
+    largest = torch.maximum(weights.flatten(-2).amax(-1), near.amax(-1))[..., None]
     weights = weights.sub_(largest[..., None]).exp_()
-    summary = logits(keys.means(count)).sub_(largest).masked_fill_(~is_far, float("-inf")).exp_()
+    summary = summary.sub_(largest).exp_()
     total = near.sub_(largest).exp_().sum(-1, keepdim=True)
     # The last landmark stands for the rest of the block.
     rest = settings.block - marks + 1
-    mass = weights.sum(-1) + (rest - 1) * weights[..., -1]
+    mass = weights.sum(-2).add_(weights[..., -1, :], alpha=rest - 1)
     total += mass.sum(-1, keepdim=True)
-    square = weights.square_().sum(-1) + (rest - 1) * weights[..., -1]
+    square = weights.square_().sum(-2).add_(weights[..., -1, :], alpha=rest - 1)
     # sum (P - A)^2 over a block's keys, the share of its summary in A.
-    cost = square - 2 * summary * mass + settings.block * summary.square()
+    cost = square.addcmul_(summary, mass, value=-2)
+    cost.addcmul_(summary, summary, value=settings.block)
     cost /= total.square()
     cost = (cost.mean(2) * real[..., None]).sum(3) / real.sum(1)[:, None]
     return cost.clamp_min_(0)
 
 
 def _near_logits(
-    q: Tensor, keys: Keys, settings: Dynamic, far: Tensor, row: Tensor, last: int, scale: float
+    q: Tensor, keys: Keys, settings: Dynamic, far: Tensor, row: Tensor, last: int
 ) -> Tensor:
     """Return ``[B, G, R, T, tile, W]`` logits of the keys that are not far; -inf for no key."""
     batch, groups, ratio, tiles, tile, dim = q.shape
@@ -197,7 +200,7 @@ def _near_logits(
     k = keys.tokens(0, last)[:, :, place.clamp_max(last - 1).flatten()]
     k = k.view(batch, groups, tiles, len(width), dim)
     rows = q.transpose(2, 3).reshape(batch, groups, tiles, ratio * tile, dim)
-    found = (rows @ k.mT).to(accumulation_dtype(q.dtype)).mul_(scale)
+    found = (rows @ k.mT).to(accumulation_dtype(q.dtype))
     found = found.view(batch, groups, tiles, ratio, tile, len(width)).transpose(2, 3)
     hidden = (place[:, None] > row[..., None]) | (place >= last)[:, None]
     return found.masked_fill(hidden, float("-inf"))

@@ -50,19 +50,33 @@ def test_backward_of_stripes_and_blocks(cell):
     assert values[1 + kinds.index(cell["kind"])].split()[0] == f"{cell['ratio']:.2f}x"
 
 
-def test_recall_in_the_readme():
-    found = {}
-    for name in ("lines_200", "lines_360", "ruler", "minference"):
-        path = ROOT / "benchmarks/results" / f"recall_{name}.json"
-        (row,) = json.loads(path.read_text(encoding="utf-8"))["quality"]
-        assert row["mode"] == "dynamic"
-        found[name] = round(row["score"] * row["n"]), row["n"], row["density"]
-    right, asked, density = found["lines_200"]
-    assert f"{right} of {asked} lines at 4.9K tokens (density {density:.2f})" in README
-    right, asked, density = found["lines_360"]
-    assert f"{right} of {asked} at 8.1K ({density:.2f})" in README
-    right, asked, _ = (sum(pair) for pair in zip(found["ruler"], found["minference"], strict=True))
-    assert f"{right} of {asked} needles at 8K" in README
+RECALL = {
+    "lines_200": "| 200 lines, 4.9K tokens |",
+    "lines_360": "| 360 lines, 8.1K tokens |",
+    "ruler": "| needles in 8K tokens, RULER's form |",
+    "minference": "| needles in 8K tokens, MInference's form |",
+    "multikey_2": "| one key among hundreds",
+    "keyvalue": "| 350 key-value pairs of words, 7K tokens |",
+}
+
+
+def shown(row):
+    """A score with its interval as the README writes them, 100 without decimals."""
+    low, high = (f"{100 * x:.1f}".replace("100.0", "100") for x in row["interval"])
+    return f"{100 * row['score']:.1f} % [{low}, {high}]".replace("100.0 %", "100 %")
+
+
+@pytest.mark.parametrize("name", RECALL)
+def test_recall_in_the_readme(name):
+    (line,) = [x for x in README.splitlines() if x.startswith(RECALL[name])]
+    _, full, dynamic, density = (value.strip() for value in line.strip("|").split("|"))
+    (row,) = document(f"recall_{name}")["quality"]
+    assert (row["mode"], row["n"]) == ("dynamic", 500)
+    assert dynamic == shown(row)
+    assert density == f"{row['density']:.2f}"
+    (control,) = document(f"recall_full_{name}")["quality"]
+    assert (control["mode"], control["n"]) == ("full", 500)
+    assert full == shown(control)
 
 
 @pytest.mark.parametrize(
