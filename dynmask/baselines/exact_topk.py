@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dynmask.baselines.amount import amount_of, check_amount
-from dynmask.baselines.lists import listed_blocks
 from dynmask.baselines.policy import Policy, Selector
 from dynmask.masks import Blocks
 from dynmask.ops.reference import accumulation_dtype
@@ -76,7 +75,7 @@ class _TopK(Selector):
         counts[: tiles - q_len] = 0  # Slots before the call have no list.
         counts = counts.expand(lists.shape[:3])
         # Checking the mask would sort all lists.
-        return listed_blocks(lists, counts, block=1, tile=tile), None
+        return Blocks._trusted(lists, counts, block=1, tile=tile), None
 
 
 def _fill(lists: Tensor, q: Tensor, k: Tensor, scale: float) -> None:

@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dynmask.baselines.lists import listed_blocks
 from dynmask.baselines.policy import Policy, Selector
 from dynmask.masks import Blocks
 from dynmask.ops.reference import accumulation_dtype
@@ -58,7 +57,7 @@ class _Lookup(Selector):
             indices[:, 0, tile, : listed.shape[1]] = listed
         counts = [0] * above + [listed.shape[1] for listed in lists]
         of_tile = torch.tensor(counts, dtype=torch.int32, device=q.device).expand(batch, 1, -1)
-        return listed_blocks(indices, of_tile, block=self._settings.block, tile=chunk), state
+        return Blocks._trusted(indices, of_tile, block=self._settings.block, tile=chunk), state
 
     def _seen(self, rows: Tensor, units: Tensor, last: int) -> Tensor:
         """Return ``[B, M]``: the key blocks that a chunk of rows sees, up to the slot ``last``."""

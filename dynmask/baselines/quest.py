@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dynmask.baselines.amount import amount_of, check_amount
-from dynmask.baselines.lists import listed_blocks
 from dynmask.baselines.policy import Policy, Selector
 from dynmask.masks import Blocks
 from dynmask.ops.reference import accumulation_dtype
@@ -62,7 +61,7 @@ class _TopPages(Selector):
         indices = torch.cat([best, best.new_full((batch, heads, 1, 1), own)], -1)
         counts = indices.new_full((batch, heads, 1), pages.budget)
         # One tile for all slots: nothing is spent on rows that are not there.
-        return listed_blocks(indices, counts, block=_PAGE, tile=k_len), pages
+        return Blocks._trusted(indices, counts, block=_PAGE, tile=k_len), pages
 
 
 class _Dense(Selector):

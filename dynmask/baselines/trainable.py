@@ -196,4 +196,4 @@ def row_blocks(indices: Tensor, counts: Tensor, *, block: int, k_len: int) -> Bl
         tile = 1
         indices = functional.pad(indices, (0, 0, k_len - q_len, 0))
         counts = functional.pad(counts, (k_len - q_len, 0))
-    return Blocks(indices.int(), counts.int(), block=block, tile=tile)
+    return Blocks._trusted(indices.int(), counts.int(), block=block, tile=tile)

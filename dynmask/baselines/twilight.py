@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dynmask.baselines.lists import listed_blocks
 from dynmask.baselines.policy import Policy, Selector
 from dynmask.masks import Blocks
 from dynmask.ops.reference import accumulation_dtype
@@ -52,7 +51,7 @@ class _Nucleus(Selector):
         for lists, _ in parts:
             indices[:, :, at : at + lists.shape[2], : lists.shape[3]] = lists
             at += lists.shape[2]
-        return listed_blocks(indices, counts, block=1, tile=tile), state
+        return Blocks._trusted(indices, counts, block=1, tile=tile), state
 
 
 def _fewest(q: Tensor, k: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynmask.baselines.lists import listed_blocks
 from dynmask.baselines.policy import Policy, Selector
 from dynmask.masks import Blocks
 from dynmask.ops.reference import accumulation_dtype
@@ -145,7 +144,7 @@ def _lists(table: Tensor, block: int) -> Blocks:
     order = table.byte().sort(dim=-1, descending=True, stable=True).indices
     indices = order[..., : int(counts.max())].int()
     above = table.shape[3] - table.shape[2]
-    return listed_blocks(
+    return Blocks._trusted(
         functional.pad(indices, (0, 0, above, 0)),
         functional.pad(counts.int(), (above, 0)),
         block=block,

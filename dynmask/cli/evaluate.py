@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -233,82 +234,17 @@ def _evaluate(
 ) -> Any:
     from dynmask import eval as tasks
 
-    model, tokenizer = loaded.model, loaded.tokenizer
-    if arguments.task == "longeval":
-        return tasks.longeval(
-            model,
-            tokenizer,
-            lines=arguments.lines,
-            n=arguments.n,
-            questions=arguments.questions,
-            seed=arguments.seed,
-            form=arguments.form,
-            cases=arguments.cases,
-            cache=cache,
-            progress=progress,
-        )
-    if arguments.task == "needle":
-        return tasks.needle(
-            model,
-            tokenizer,
-            _texts(arguments, "haystack"),
-            length=arguments.length,
-            n=arguments.n,
-            needles=arguments.needles,
-            seed=arguments.seed,
-            form=arguments.form,
-            cache=cache,
-            progress=progress,
-        )
-    if arguments.task == "ruler":
-        return tasks.ruler(
-            model,
-            tokenizer,
-            _texts(arguments, "haystack"),
-            kind=arguments.kind,
-            length=arguments.length,
-            n=arguments.n,
-            questions=arguments.questions,
-            seed=arguments.seed,
-            cache=cache,
-            progress=progress,
-        )
-    if arguments.task == "keyvalue":
-        return tasks.keyvalue(
-            model,
-            tokenizer,
-            pairs=arguments.pairs,
-            n=arguments.n,
-            questions=arguments.questions,
-            seed=arguments.seed,
-            form=arguments.form,
-            cache=cache,
-            progress=progress,
-        )
-    if arguments.task == "recall":
-        return tasks.recall(
-            model,
-            tokenizer,
-            _texts(arguments, "haystack"),
-            kind=arguments.kind,
-            lines=arguments.lines,
-            pairs=arguments.pairs,
-            form=arguments.form,
-            length=arguments.length,
-            n=arguments.n,
-            questions=arguments.questions,
-            seed=arguments.seed,
-            filler=arguments.filler,
-            progress=progress,
-        )
-    return tasks.perplexity(
-        model,
-        tokenizer,
-        _texts(arguments, "perplexity"),
-        length=arguments.length,
-        windows=arguments.windows,
-        progress=progress,
-    )
+    task = getattr(tasks, arguments.task)
+    # Options are named as the task's arguments.
+    names = inspect.signature(task).parameters
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given |= {"model": loaded.model, "tokenizer": loaded.tokenizer, "progress": progress}
+    if "cache" in names:
+        given["cache"] = cache
+    if "texts" in names:
+        purpose = "perplexity" if arguments.task == "perplexity" else "haystack"
+        given["texts"] = _texts(arguments, purpose)
+    return task(**given)
 
 
 def _texts(arguments: argparse.Namespace, purpose: str) -> list[str]:

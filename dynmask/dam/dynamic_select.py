@@ -92,9 +92,7 @@ class Choice:
         indices[:, :, above:] = lists[..., :most]
         full = lists.new_zeros(batch, groups, above + tiles)
         full[:, :, above:] = counts
-        mask = object.__new__(Blocks)  # Made right: checking it would wait for the device.
-        mask.__dict__.update(indices=indices, counts=full, block=1, tile=self.tile, padding=None)
-        return mask
+        return Blocks._trusted(indices, full, block=1, tile=self.tile)
 
 
 def far_blocks(settings: Dynamic, top: int, tiles: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from dynmask.dma.configuration import DmaConfig
 from dynmask.dma.layer import DynamicMaskAttention, lifetime_cache
 from dynmask.dma.score import ValueScore
 from dynmask.dma.selection import check_keep
-from dynmask.dma.slots import Slots, check_tokens, read_slots
+from dynmask.dma.slots import Slots, embedded, read_slots
 
 # ``generate`` needs its tokenizer for stop strings, and hands it to the model as well.
 _HARMLESS = frozenset(
@@ -171,12 +171,7 @@ class DmaModel(DmaPreTrainedModel):
         """
         check_keep(self.config.keep, self.config.num_hidden_layers)
         _check_kwargs(kwargs, tells_documents=documents is not None or position_ids is not None)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            check_tokens("input_ids", input_ids)  # A tokenizer's empty text is not even integer.
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = embedded(self.embed_tokens, input_ids, inputs_embeds)
         cache = lifetime_cache(past_key_values)
         slots = read_slots(
             inputs_embeds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,7 +65,7 @@ def read_slots(
         ValueError: If there are no tokens, a shape does not fit, ids fall, or documents come with a
             cache.
     """
-    check_tokens("the input", embeds)
+    _check_tokens("the input", embeds)
     batch, length = embeds.shape[:2]
     device = embeds.device
     seen = past or 0
@@ -94,12 +95,28 @@ def read_slots(
     )
 
 
-def check_tokens(name: str, given: Tensor) -> None:
-    """Refuse an input ``[B, N, ...]`` without tokens.
+def embedded(
+    embedding: Callable[[Tensor], Tensor], input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor:
+    """Return a forward pass's tokens as vectors, ``[B, N, hidden_size]``.
+
+    Args:
+        embedding: Of the model.
+        input_ids: ``[B, N]`` tokens, or
+        inputs_embeds: ``[B, N, hidden_size]`` in their place.
 
     Raises:
-        ValueError: If B or N is 0.
+        ValueError: If neither or both are given, or there are no tokens.
     """
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    if input_ids is None or inputs_embeds is not None:
+        raise ValueError("give either input_ids or inputs_embeds")
+    _check_tokens("input_ids", input_ids)  # A tokenizer's empty text is not even integer.
+    return embedding(input_ids)
+
+
+def _check_tokens(name: str, given: Tensor) -> None:
     if 0 in given.shape[:2]:
         raise ValueError(
             f"{name} is {list(given.shape)} and holds no token: give at least one row of one token"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynmask.dam.dynamic import Dynamic, dynamic_attention
-from dynmask.hf.keys import KeySlots
+from dynmask.hf.keys import KeySlots, row_by_row
 from dynmask.hf.tally import Tally
 from dynmask.masks import Stripes
 from dynmask.masks.schedule import head_schedule
@@ -63,13 +63,7 @@ class Split:
         self.static: HeadStripes | None = None
         rest = self._heads[1]
         if len(rest):
-            part = Stripes(
-                columns=tuple(stripes.columns[h] for h in rest.tolist()),
-                offsets=tuple(stripes.offsets[h] for h in rest.tolist()),
-                full_heads=stripes.full_heads[rest],
-                corner=None if stripes.corner is None else stripes.corner[rest],
-            )
-            self.static = HeadStripes(part)
+            self.static = HeadStripes(stripes.of_heads(rest.tolist()))
 
     def heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the numbers of the dynamic heads and of the others, on ``device``."""
@@ -149,21 +143,7 @@ class LongCall:
         """
         if slots.padding is None:
             return self._sequences(query, key, value)
-        out = torch.zeros_like(query)
-        names: dict[str, None] = {}
-        begin = slots.length - query.shape[2]
-        for b, (start, stop) in enumerate(slots.padding.runs(slots.length)):
-            first = max(begin, start)
-            if first >= stop:
-                continue
-            rows = slice(first - begin, stop - begin)
-            one = slice(b, b + 1)
-            found, name = self._sequences(
-                query[one, :, rows], key[one, :, start:stop], value[one, :, start:stop]
-            )
-            out[one, :, rows] = found
-            names[name] = None
-        return out, ", ".join(names)
+        return row_by_row(lambda b, *row: self._sequences(*row), query, key, value, slots)
 
     def _sequences(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, str]:
         """Attend whole sequences of one length."""

@@ -92,6 +92,46 @@ class KeySlots:
         return self._sequences[q_len]
 
 
+def row_by_row(
+    attend: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, str]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: KeySlots,
+) -> tuple[Tensor, str]:
+    """Attend to each batch row's sequence by itself, without its padding.
+
+    Args:
+        attend: Called as ``attend(b, query, key, value)`` with ``[1, H, q, D]`` and ``[1, G, k,
+            D]``, a sequence whose last ``q`` tokens are the rows; returns ``[1, H, q, D]`` and what
+            ran it.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, K, D]``.
+        value: ``[B, G, K, D]``.
+        slots: The call's key slots.
+
+    Returns:
+        ``[B, H, Q, D]``, 0 in rows of padding, and what ran it.
+
+    Raises:
+        ValueError: The real tokens of a row are not one run.
+    """
+    out = torch.zeros_like(query)
+    names: dict[str, None] = {}
+    begin = slots.length - query.shape[2]
+    padding = slots.padding
+    whole = [(0, slots.length)] * len(query)
+    for b, (start, stop) in enumerate(whole if padding is None else padding.runs(slots.length)):
+        first = max(begin, start)
+        if first >= stop:
+            continue
+        one, rows, keys = slice(b, b + 1), slice(first - begin, stop - begin), slice(start, stop)
+        found = attend(b, query[one, :, rows], key[one, :, keys], value[one, :, keys])
+        out[one, :, rows], name = found
+        names[name] = None
+    return out, ", ".join(names)
+
+
 @torch.compiler.disable
 def key_mask(
     *,

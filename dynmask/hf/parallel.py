@@ -31,13 +31,7 @@ def heads_here(module: nn.Module, stripes: Stripes, heads: int) -> Stripes:
             "processes, which dynmask cannot tell apart: load the model with transformers' "
             "tp_plan, over a number of processes that divides the heads"
         )
-    here = slice(rank * heads, (rank + 1) * heads)
-    return Stripes(
-        columns=stripes.columns[here],
-        offsets=stripes.offsets[here],
-        full_heads=stripes.full_heads[here],
-        corner=None if stripes.corner is None else stripes.corner[here],
-    )
+    return stripes.of_heads(range(rank * heads, (rank + 1) * heads))
 
 
 def whole(weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dynmask.baselines import Policy, Selector
-from dynmask.hf.keys import KeySlots
+from dynmask.hf.keys import KeySlots, row_by_row
 from dynmask.hf.tally import Tally
 from dynmask.masks import Lifetimes, Mask, Stripes
 from dynmask.ops import attention, choose
@@ -54,28 +54,11 @@ class PolicyCalls:
             self._selectors.clear()
         if slots.padding is None and (len(query) == 1 or self._selector(None).batched):
             return self._sequence(None, query, key, value, kind=kind, scale=scale)
-        if slots.padding is None:
-            runs = [(0, slots.length)] * len(query)
-        else:
-            runs = slots.padding.runs(slots.length)
-        begin = slots.length - query.shape[2]
-        out = torch.zeros_like(query)
-        names: dict[str, None] = {}
-        for b, (start, stop) in enumerate(runs):
-            first = max(begin, start)
-            if first >= stop:
-                continue
-            rows, one = slice(first - begin, stop - begin), slice(b, b + 1)
-            out[one, :, rows], name = self._sequence(
-                b,
-                query[one, :, rows],
-                key[one, :, start:stop],
-                value[one, :, start:stop],
-                kind=kind,
-                scale=scale,
-            )
-            names[name] = None
-        return out, ", ".join(names)
+
+        def attend(row: int, *tensors: Tensor) -> tuple[Tensor, str]:
+            return self._sequence(row, *tensors, kind=kind, scale=scale)
+
+        return row_by_row(attend, query, key, value, slots)
 
     def _selector(self, row: int | None) -> Selector:
         if row not in self._selectors:

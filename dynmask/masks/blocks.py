@@ -58,6 +58,25 @@ class Blocks:
         if self.padding is not None:
             self._check_padding(self.padding)
 
+    @classmethod
+    def _trusted(
+        cls,
+        indices: Tensor,
+        counts: Tensor,
+        *,
+        block: int,
+        tile: int,
+        padding: Padding | None = None,
+    ) -> Blocks:
+        """Return a mask known to be right: on a GPU every check would wait for the device."""
+        if torch.compiler.is_compiling():
+            return cls(indices, counts, block, tile, padding)  # It skips them, and can be traced.
+        made = object.__new__(cls)
+        made.__dict__.update(
+            indices=indices, counts=counts, block=block, tile=tile, padding=padding
+        )
+        return made
+
     def _check_values(self) -> None:
         if bool(((self.counts < 0) | (self.counts > self.indices.shape[3])).any()):
             raise ValueError(
@@ -99,15 +118,9 @@ class Blocks:
         """Return the same mask on ``device``."""
         if torch.device(device) == self.device:
             return self
-        # Checked when it was made, and on a GPU every check would wait for the device.
-        moved = object.__new__(Blocks)
-        moved.__dict__.update(
-            vars(self),
-            indices=self.indices.to(device),
-            counts=self.counts.to(device),
-            padding=None if self.padding is None else self.padding.to(device),
-        )
-        return moved
+        padding = None if self.padding is None else self.padding.to(device)
+        lists = self.indices.to(device), self.counts.to(device)
+        return self._trusted(*lists, block=self.block, tile=self.tile, padding=padding)
 
     def __and__(self, padding: Padding) -> Blocks:
         """Return the same blocks for padded batch rows.
@@ -122,9 +135,8 @@ class Blocks:
         if padding.start.device != self.device:
             padding = padding.to(self.device)
         self._check_padding(padding)
-        padded = object.__new__(Blocks)
-        padded.__dict__.update(vars(self), padding=padding)
-        return padded
+        lists = self.indices, self.counts
+        return self._trusted(*lists, block=self.block, tile=self.tile, padding=padding)
 
     def table(self, first: int, last: int, k_len: int) -> Tensor:
         """Return ``[B, G, last - first, blocks]`` bool: which key blocks each tile lists.

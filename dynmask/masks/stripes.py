@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -293,6 +294,20 @@ class Stripes:
         if self._corner_extra is not None:
             total += self._corner_extra[:, min(length, self._corner_extra.shape[1] - 1)]
         return torch.where(self.full_heads, length * (length + 1) // 2, total)
+
+    def of_heads(self, heads: Sequence[int]) -> Stripes:
+        """Return the stripes of some heads, without padding.
+
+        Args:
+            heads: Their numbers, at least one.
+        """
+        index = torch.tensor(list(heads), device=self.device)
+        return Stripes(
+            columns=tuple(self.columns[h] for h in heads),
+            offsets=tuple(self.offsets[h] for h in heads),
+            full_heads=self.full_heads[index],
+            corner=None if self.corner is None else self.corner[index],
+        )
 
     @property
     def unpadded(self) -> Stripes:

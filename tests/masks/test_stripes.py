@@ -133,3 +133,16 @@ def test_and_refuses_other_things():
 def test_padding_from_mask_composes():
     mask = stripes(2, 12) & Padding.from_mask(torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]))
     assert mask.dense(4).equal(naive_mask(mask, 4, 4))
+
+
+def test_stripes_of_some_heads_show_what_those_heads_saw():
+    corner = (torch.rand(4, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.4).tril()
+    corner |= torch.eye(9, dtype=torch.bool)
+    mask = Stripes(
+        columns=tuple(torch.tensor([h, h + 3]) for h in range(4)),
+        offsets=tuple(torch.tensor([0, h + 1]) for h in range(4)),
+        full_heads=torch.tensor([False, False, True, False]),
+        corner=corner,
+    )
+    some = mask.of_heads([3, 0, 2])
+    assert some.dense(30, 30).equal(mask.dense(30, 30)[:, [3, 0, 2]])

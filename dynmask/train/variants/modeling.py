@@ -21,7 +21,7 @@ from dynmask.baselines.moba import MixtureOfBlockAttention
 from dynmask.baselines.nsa import NativeSparseAttention
 from dynmask.baselines.nsa_compress import BlockCompression
 from dynmask.baselines.trainable import Angles, Runs, TrainableAttention
-from dynmask.dma.slots import check_tokens, read_slots
+from dynmask.dma.slots import embedded, read_slots
 from dynmask.train.variants.configuration import MobaConfig, NsaConfig
 from dynmask.train.variants.runs import read_runs
 
@@ -162,12 +162,7 @@ class _VariantModel(_Variant, LlamaModel):
             raise ValueError(
                 f"{type(self).__name__} knows no argument {', '.join(unknown)}: leave it out"
             )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            check_tokens("input_ids", input_ids)  # A tokenizer's empty text is not even integer.
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = embedded(self.embed_tokens, input_ids, inputs_embeds)
         cache = _dynamic(past_key_values)
         past = None if cache is None else cache.get_seq_length()
         slots = read_slots(
