@@ -45,7 +45,8 @@ prompts; only which keys a row sees differs.
   what is hidden. For perplexity it is the relative change with an interval from the windows'
   differences.
 - **Seconds** are of the whole forward passes, selection included, per prompt or (decoded) per
-  question; exact top-k, top-p and H2O are written for exactness and not for speed. MiB is the
+  question, from one run each: orders of magnitude, above all on a CPU, where other work may have
+  gone on beside. Exact top-k, top-p and H2O are written for exactness and not for speed. MiB is the
   GPU's peak, weights included.
 """
 

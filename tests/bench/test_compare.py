@@ -282,3 +282,11 @@ def test_the_configuration_can_be_read(scripts):
         assert len(list(scripts["compare"].cells(settings, task))) > 5
     for method in settings.methods:
         assert method.policy in ("dynamic", "capped", *scripts["compare_methods"].METHODS)
+
+
+def test_the_kept_page_is_that_of_the_kept_cells(scripts, tmp_path):
+    results = FOLDER / "results/compare.jsonl"
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    importlib.import_module("compare_page").write_page(rows, tmp_path / "compare.md")
+    kept = FOLDER.parent / "docs/results/compare.md"
+    assert (tmp_path / "compare.md").read_text(encoding="utf-8") == kept.read_text(encoding="utf-8")

@@ -94,6 +94,15 @@ def test_demo_in_the_limits(row):
     assert row["mode"] == "full" or value.split()[-1] == f"{row['density']:.2f}"
 
 
+@pytest.mark.parametrize("cell", document("next_tokens")["cells"], ids=lambda c: f"{c['coverage']}")
+def test_next_tokens(cell):
+    guide = (ROOT / "docs/guide/accelerate.md").read_text(encoding="utf-8")
+    (line,) = [x for x in guide.splitlines() if x.startswith(f"| {cell['coverage']} | 0.")]
+    same, largest = 100 * cell["same_most_likely"], f"{cell['largest_kl']:.2g}"
+    values = f"{cell['density']:.2f} | {same:.1f} % | {cell['mean_kl']:.3f} | {largest} |"
+    assert line == f"| {cell['coverage']} | {values}"
+
+
 def test_first_page():
     forward = {c["length"]: c["ratio"]["median"] for c in cells("gpu_op") if c["score"] == "normal"}
     said = f"{forward[8192]:.1f}x as fast as the fastest dense kernel at 8K tokens, "
