@@ -43,8 +43,6 @@ def supports(
         return "Triton's interpreter does not multiply bfloat16"
     if q.shape[-1] > _MOST_DIM:
         return f"the triton backend runs head sizes up to {_MOST_DIM}, not {q.shape[-1]}"
-    if isinstance(mask, Stripes):
-        return stripes.supports(q, k, v, bias)
     return None
 
 

@@ -23,18 +23,6 @@ from dynmask.ops.triton.stripes_tables import (
 )
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
-    """Return None if the kernels run such calls, dtype and head size aside, else why not."""
-    small = q.is_cuda and q.dtype != torch.float32 and q.shape[-1] <= 64
-    if small and wants_gradients(q, k, v, bias):
-        # On an H100 with Triton 3.6, dk and dv were wrong there, and right with head size 128.
-        return (
-            "the triton backend's backward pass of Stripes is not right yet for half precision "
-            "with head sizes up to 64"
-        )
-    return None
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Stripes, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

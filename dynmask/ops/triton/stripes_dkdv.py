@@ -151,9 +151,6 @@ def columns_kernel(
         a = first + tl.program_id(1) * span
         b = tl.minimum(a + span, length)
         a = tl.maximum(tl.maximum(a, tl.min(o_j, 0)), tl.maximum(-shift, L))
-        # From here on every row sees all of the columns.
-        edge = tl.maximum(tl.minimum(tl.max(tl.where(m_j, o_j, 0), 0), b) - a, 0)
-        edge = a + (edge + BLOCK_M - 1) // BLOCK_M * BLOCK_M
         p_q += i_b * s_qb + i_h * s_qh
         p_do += i_b * s_db + i_h * s_dh
         p_lse += (i_b * G * R + i_h) * Q
@@ -162,33 +159,32 @@ def columns_kernel(
         b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         b_db = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for part in tl.static_range(2):
-            for start in range(a if part == 0 else edge, edge if part == 0 else b, BLOCK_M):
-                o_i = start + tl.arange(0, BLOCK_M)
-                b_dk, b_dv, b_db = _dkdv_step(
-                    b_dk,
-                    b_dv,
-                    b_db,
-                    b_k,
-                    b_v,
-                    b_bias,
-                    p_q,
-                    p_do,
-                    p_lse,
-                    p_delta,
-                    o_i + shift,
-                    o_i < b,
-                    o_i[None, :] >= o_j[:, None],
-                    o_d,
-                    s_qn,
-                    s_dn,
-                    scale_log2,
-                    D,
-                    BLOCK_D,
-                    part == 0,
-                    WIDE,
-                    PRECISION,
-                )
+        for start in range(a, b, BLOCK_M):
+            o_i = start + tl.arange(0, BLOCK_M)
+            b_dk, b_dv, b_db = _dkdv_step(
+                b_dk,
+                b_dv,
+                b_db,
+                b_k,
+                b_v,
+                b_bias,
+                p_q,
+                p_do,
+                p_lse,
+                p_delta,
+                o_i + shift,
+                o_i < b,
+                o_i[None, :] >= o_j[:, None],
+                o_d,
+                s_qn,
+                s_dn,
+                scale_log2,
+                D,
+                BLOCK_D,
+                True,
+                WIDE,
+                PRECISION,
+            )
         i_part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         o_part = i_part * width + o_c
         p_part = o_part[:, None] * D + o_d[None, :]
