@@ -27,6 +27,8 @@ class Mqar:
         vocab: ids of keys (1 to ``vocab / 2 - 1``) and values (``vocab / 2`` on); id 0 is unused.
         pairs: key-value pairs of a row; a quarter of the row's tokens at most, since each pair
             takes two tokens and its question two more.
+        fewest: the pairs of each step's rows are drawn, with equal chance, from ``fewest`` to what
+            ``pairs`` allows: with few of them the task is learned sooner; None for always as many.
         filler: ids after ``vocab`` that fill the rest.
         power: questions stand in gap ``i`` with a chance proportional to ``i ** (power - 1)``.
 
@@ -40,12 +42,17 @@ class Mqar:
     pairs: int = 512
     filler: int = 64
     power: float = 1.0
+    fewest: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.pairs <= self.vocab // 2 - 1:
             raise ValueError(
                 f"data: pairs={self.pairs} must be from 1 to {self.vocab // 2 - 1}, the keys that "
                 f"vocab={self.vocab} has"
+            )
+        if self.fewest is not None and not 1 <= self.fewest <= self.pairs:
+            raise ValueError(
+                f"data: fewest={self.fewest} must be from 1 to pairs={self.pairs}, or left out"
             )
         if self.filler < 1 or self.power <= 0:
             raise ValueError(f"data: filler={self.filler} and power={self.power} must be over 0")
@@ -87,8 +94,10 @@ class Recall:
         rng = np.random.default_rng((step.seed, step.number))
         data, rows, length = self.data, step.rows, step.length
         pairs = min(data.pairs, length // 4)
+        if data.fewest is not None:
+            pairs = int(rng.integers(min(data.fewest, pairs), pairs + 1))
         half = data.vocab // 2
-        keys = 1 + _draw(rng, np.zeros((rows, half - 1)), pairs)
+        keys = 1 + _subset(rng, rows, half - 1, pairs)
         values = rng.integers(half, data.vocab, (rows, pairs))
         ids = rng.integers(data.vocab, data.vocab_size, (rows, length))
         ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
@@ -100,6 +109,19 @@ class Recall:
         weights = np.zeros((rows, length), dtype=np.float32)
         np.put_along_axis(weights, asked + 1, self.answer, axis=1)
         return Batch(ids, weights, kinds=np.zeros(rows, dtype=np.int64))
+
+
+def _subset(rng: np.random.Generator, rows: int, many: int, count: int) -> np.ndarray:
+    """Draw ``count`` of ``many`` in each row without replacement, each order as likely.
+
+    Floyd's algorithm, which looks at no more numbers than it draws: most keys are in few rows.
+    """
+    drawn = np.empty((rows, count), dtype=np.int64)
+    for place, last in enumerate(range(many - count, many)):
+        number = rng.integers(0, last + 1, rows)
+        known = (drawn[:, :place] == number[:, None]).any(axis=1)
+        drawn[:, place] = np.where(known, last, number)
+    return rng.permuted(drawn, axis=1)
 
 
 def _draw(rng: np.random.Generator, log_chances: np.ndarray, count: int) -> np.ndarray:

@@ -85,6 +85,7 @@ def test_what_is_written_is_what_was_read(tmp_path):
         ({"data": {"type": "text", "path": 1}}, "data: path=1 must be a string"),
         ({"data": {"type": "mqar", "pairs": 4096}}, "pairs=4096 must be from 1 to 4095"),
         ({"data": {"type": "mqar", "filler": 0}}, "filler=0"),
+        ({"data": {"type": "mqar", "fewest": 513}}, "fewest=513 must be from 1 to pairs=512"),
         ({"model": ...}, "the field 'model' is missing"),
         ({"model": {}}, "model: type=None must be one of llama, dma"),
         ({"phases": ...}, "the field 'phases' is missing"),

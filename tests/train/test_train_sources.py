@@ -1,6 +1,8 @@
 """Batches of running text and of associative recall, and how steps are cut into micro batches."""
 
 import dataclasses
+from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from dynmask.train.batches import HeldOut, Steps, positions
 from dynmask.train.corpus import Corpus
-from dynmask.train.mqar import Mqar, Recall
+from dynmask.train.mqar import Mqar, Recall, _subset
 from dynmask.train.recipe import Recipe
 from dynmask.train.sections import Phase, Text, WarmupStableDecay
 from dynmask.train.source import Step
@@ -97,6 +99,26 @@ def test_recall_answers_each_key_once(length):
         rest = np.ones(length, dtype=bool)
         rest[: 2 * pairs] = rest[answers] = rest[answers - 1] = False
         assert ((ids[rest] >= 128) & (ids[rest] < data.vocab_size)).all()
+
+
+def test_keys_are_drawn_evenly():
+    drawn = _subset(np.random.default_rng(0), 24_000, 4, 3)
+    orders = Counter(map(tuple, drawn.tolist()))
+    assert set(orders) == set(permutations(range(4), 3))
+    # Five standard deviations of a count of 1,000.
+    assert all(abs(count - 1000) < 160 for count in orders.values())
+
+
+def test_recall_with_fewer_pairs():
+    recall = Recall(Mqar(vocab=128, pairs=20, fewest=3))
+    counts = []
+    for number in range(200):
+        weights = recall.at(step(number, 2, 64)).weights
+        first, second = weights.sum(1)
+        assert first == second, "all rows of a step have as many"
+        counts.append(int(first))
+    assert set(counts) == set(range(3, 17))
+    assert recall.at(step(0, 2, 8)).weights.sum() == 2 * 2, "a short row has room for two"
 
 
 @pytest.mark.parametrize(("power", "low", "high"), [(1.0, 0.45, 0.55), (0.01, 0.05, 0.2)])

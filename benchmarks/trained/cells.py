@@ -1,0 +1,336 @@
+"""Trains the cells of a grid one after the other and keeps each as a line of a file."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from grid import Cell, Grid, Part, Row, digest, in_order
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dynmask.dma
+import dynmask.train.variants  # noqa: F401  (makes its models known, as the line before)
+from dynmask.bench.environment import environment
+from dynmask.train.run import train
+from dynmask.train.trainer import NonFiniteLossError
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class OutOfTime(Exception):
+    """The budget is spent."""
+
+
+class Runner:
+    """Fills one file with the cells of one experiment.
+
+    Args:
+        grid: the experiment.
+        folder: where its recipes lie.
+        args: what `arguments` made.
+    """
+
+    def __init__(self, grid: Grid, folder: Path, args: argparse.Namespace):
+        self.grid, self.folder, self.args = grid, folder, args
+        self.deadline = time.monotonic() + args.budget_seconds
+        self.only = chosen(args.only)
+        self.rows = read_rows(args.out)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        """Seconds; raises `OutOfTime` if there are none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise OutOfTime
+        return left
+
+    def has(self, key: str) -> bool:
+        """Whether a figure is there; one that failed is tried again."""
+        return any(row["key"] == key and "failed" not in row for row in self.rows)
+
+    def wanted(self, **names: Any) -> bool:
+        """Whether --only leaves it in."""
+        return all(str(names.get(name, "")) in values for name, values in self.only.items())
+
+    def cells(self) -> Iterator[Cell]:
+        """The grid's cells in order, as far as --only leaves them in."""
+
+        def make(part: Part, method: str, lr: float, seed: int) -> Cell:
+            return self.grid.cell(self.folder, part, method, lr, seed, free=self.args.set)
+
+        for cell in in_order(self.grid, make, lambda: self.rows):
+            lr, seed = cell.recipe.lr, cell.recipe.seed
+            if self.wanted(part=cell.part, method=cell.method, lr=lr, seed=seed):
+                yield cell
+
+    def run(self, evaluate: Callable[[Any, Any, Cell], Row], *, keep: bool) -> None:
+        """Train and measure every cell that is not there yet.
+
+        Args:
+            evaluate: gets model, tokenizer (None for data without text) and cell.
+            keep: keep the trained model.
+
+        Raises:
+            OutOfTime: the budget is spent; the run in progress has a checkpoint.
+        """
+        for cell in self.cells():
+            # The same recipes under other questions are other cells.
+            key = digest([cell.key, self.grid.evaluation])
+            if self.has(key):
+                continue
+            row = self.trained(cell) | {"key": key}
+            if "failed" not in row and "diverged" not in row:
+                self.left()
+                row |= self.measured(cell, evaluate)
+            self.append(row)
+            if "failed" not in row:
+                shutil.rmtree(self.runs / cell.key) if not keep else tidy(self.runs / cell.key)
+
+    @property
+    def runs(self) -> Path:
+        """Where training runs lie."""
+        runs: Path = self.args.runs
+        return runs
+
+    def measured(self, cell: Cell, evaluate: Callable[[Any, Any, Cell], Row]) -> Row:
+        """What `evaluate` finds on the trained model; a failure costs this cell alone."""
+        try:
+            with torch.no_grad():
+                model, tokenizer = loaded(self.runs / cell.key / "model")
+                return evaluate(model, tokenizer, cell)
+        except (ValueError, RuntimeError) as error:
+            return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        finally:
+            free()
+
+    def trained(self, cell: Cell) -> Row:
+        """Train a cell, or go on with it, and say how that went.
+
+        Raises:
+            OutOfTime: the budget is spent; there is a checkpoint.
+        """
+        folder = self.runs / cell.key
+        head: Row = {
+            "experiment": self.grid.experiment,
+            "part": cell.part,
+            "method": cell.method,
+            "lr": cell.recipe.lr,
+            "seed": cell.recipe.seed,
+            "recipe": cell.named,
+            "run": cell.key,
+            "environment": environment(DEVICE),
+        }
+        head["environment"]["versions"]["transformers"] = transformers.__version__
+        if self.args.commit:
+            head["environment"]["commit"] = self.args.commit
+        try:
+            if not (folder / "model").is_dir() or not (folder / "log.json").exists():
+                self._session(cell, folder)
+        except NonFiniteLossError as error:
+            return head | {"diverged": str(error).split(";")[0]}
+        except (ValueError, RuntimeError) as error:
+            return head | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        finally:
+            free()
+        return head | summary(cell, folder)
+
+    def _session(self, cell: Cell, folder: Path) -> None:
+        left = self.left()
+        print(f"training {cell.part} {cell.method} lr {cell.recipe.lr} seed {cell.recipe.seed}")
+        self._share_corpus(folder)
+        # Else what an earlier cell compiled counts against this one.
+        torch.compiler.reset()
+        start = time.perf_counter()
+        result = train(
+            cell.recipe,
+            folder,
+            data=str(self.args.data) if self.args.data else None,
+            minutes=None if left == float("inf") else left / 60,
+            workers=min(8, os.cpu_count() or 1) if DEVICE == "cuda" else 0,
+        )
+        sessions = read_sessions(folder)
+        sessions.append(
+            {
+                "seconds": round(time.perf_counter() - start, 1),
+                "steps": result.steps,
+                "devices": result.devices,
+                "peak_flops": result.peak,
+            }
+        )
+        (folder / "sessions.json").write_text(json.dumps(sessions), encoding="utf-8")
+        if not result.complete:
+            raise OutOfTime
+
+    def _share_corpus(self, folder: Path) -> None:
+        """Tokenise the text once for all cells."""
+        if not self.args.data or (folder / "corpus").exists():
+            return
+        shared = self.runs / "corpus"
+        shared.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "corpus").symlink_to(shared.resolve(), target_is_directory=True)
+
+    def append(self, row: Row) -> None:
+        """Keep a figure."""
+        append(self.args.out, row)
+        self.rows.append(row)
+        print(shown(row), flush=True)
+
+
+def summary(cell: Cell, folder: Path) -> Row:
+    """What a complete run says of itself."""
+    log = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+    sessions = read_sessions(folder)
+
+    def last(name: str) -> Any:
+        return next((entry[name] for entry in reversed(log) if name in entry), None)
+
+    tokens = cell.recipe.steps * cell.recipe.tokens_per_step
+    made: Row = {
+        "steps": cell.recipe.steps,
+        "tokens": tokens,
+        "loss": last("loss"),
+        "valid_loss": last("eval_loss"),
+        "tokens_per_second": last("tokens_per_second"),
+        "mfu": last("mfu"),
+        "train_seconds": round(sum(session["seconds"] for session in sessions), 1),
+        "sessions": sessions,
+        "curve": [
+            [e["step"], e["loss"], *([e["answers_mqar"]] if "answers_mqar" in e else [])]
+            for e in log
+            if "loss" in e
+        ],
+    }
+    note = folder / "corpus" / "train" / "corpus.json"
+    if note.exists():
+        width = np.dtype(json.loads(note.read_text(encoding="utf-8"))["dtype"]).itemsize
+        corpus = note.with_name("tokens.bin").stat().st_size // width
+        made |= {"corpus_tokens": corpus, "epochs": round(tokens / corpus, 4)}
+    return made
+
+
+def read_sessions(folder: Path) -> list[Row]:
+    """The sessions that a run took so far."""
+    path = folder / "sessions.json"
+    sessions: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return sessions
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """A trained model, in bf16 on a GPU, and its tokenizer if it has one."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
+    has_text = (folder / "tokenizer.json").exists()
+    return model, AutoTokenizer.from_pretrained(folder) if has_text else None
+
+
+def parameters(model: Any) -> int:
+    """Numbers that were trained."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def free() -> None:
+    """Give back the GPU memory of a model that is no longer used."""
+    if DEVICE == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def tidy(folder: Path) -> None:
+    """Leave the model of a complete run, not its checkpoints."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def append(path: Path, row: Row) -> None:
+    """Write a row as a line of its own, also behind one that was interrupted."""
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"\n", b"")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The cells in a file; a last line that was interrupted is left out."""
+    rows = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                rows.append(json.loads(text))
+    return rows
+
+
+def shown(row: Row) -> str:
+    """One cell for the screen."""
+    head = f"{row['part']:18} {row['method']:4} lr {row['lr']:<7g} seed {row['seed']}"
+    for name in ("failed", "diverged"):
+        if name in row:
+            return f"{head} {name}: {row[name]}"
+    return f"{head} {row.get('note', '')}  {row['train_seconds']} s of training"
+
+
+def chosen(only: list[str]) -> dict[str, set[str]]:
+    """``["method=dma,nsa"]`` as names and values; numbers as Python writes them."""
+    found = {}
+    for text in only:
+        name, _, values = text.partition("=")
+        if name not in ("part", "method", "lr", "seed", "task", "length") or not values:
+            raise SystemExit(f"--only {text}: write part=, method=, lr=, seed=, task= or length=")
+        # A part's name may hold a comma and a space.
+        given = values.replace(", ", "\0").split(",")
+        found[name] = {_plain(value.replace("\0", ", ")) for value in given}
+    return found
+
+
+def _plain(value: str) -> str:
+    try:
+        return str(int(value))
+    except ValueError:
+        with suppress(ValueError):
+            return str(float(value))
+    return value
+
+
+def arguments(experiment: str, about: str) -> argparse.ArgumentParser:
+    """What all drivers take."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--grid", type=Path, default=HERE / experiment / "grid.yaml")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"trained_{experiment}.jsonl")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where runs in progress and models lie"
+    )
+    parser.add_argument("--data", type=Path, help="a folder with train*, valid* (not for mqar)")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME=VALUE,...", help="method=dma,nsa lr=0.002"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="micro_tokens, compile and such"
+    )
+    parser.add_argument("--commit", help="to be noted where there is no history")
+    return parser
+
+
+def go(work: Callable[[], None]) -> None:
+    """Run to the end or until the budget is spent, and say which."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        work()
+    except OutOfTime:
+        print("the budget is spent; the same command goes on")
+    else:
+        print("all cells are there")
