@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,9 @@ NAME = "dynmask"
 OWN_WINDOW = "own window"
 MODES = ("auto", "dynamic", "static", "dense")
 
+# Of two threads that attach to one model, the second must find the first's marks.
+_attaching = threading.RLock()
+
 
 def accelerate(
     model: nn.Module,
@@ -50,6 +54,9 @@ def accelerate(
     breaks around attention, and must be given an ``attention_mask``: without one, transformers
     makes it a mask for packed documents.
 
+    Several threads may run the model at once, each with caches of its own. Close the run while none
+    of them is inside the model: a call that is under way would end as neither this model nor that.
+
     Under transformers' tensor parallelism (``tp_plan``) all processes accelerate their model by the
     same plan; each runs its heads by their part of it and counts them alone.
 
@@ -69,7 +76,8 @@ def accelerate(
             default), and of the stripes that the plan's gate keeps (by default the plan's own).
         dynamic: How dynamic masks are made, in all else; the defaults are for every model.
         policy: Another method instead, from ``dynmask.baselines``, for comparisons: in every call
-            of every full causal layer, decode included. Without plan, coverage and dynamic.
+            of every full causal layer, decode included. Without plan, coverage and dynamic. It
+            remembers, for each thread, one sequence of calls (or batch of them).
         impl: "auto", or a backend of ``dynmask.attention`` that must run every sparse layer.
 
     Returns:
@@ -144,9 +152,11 @@ class Run:
                 attached.dynamic = LayerPolicy(dynamic, stripes)
             self._attached.append(attached)
         compat.register(NAME, dynmask_attention, key_mask)
-        self._switch: Switch | None = Switch(model, layers, NAME)
-        for attached in self._attached:
-            setattr(attached.layer.module, compat.ATTACHED, attached)
+        with _attaching:
+            compat.refuse_attached(model)  # Another thread may have come first since.
+            self._switch: Switch | None = Switch(model, layers, NAME)
+            for attached in self._attached:
+                setattr(attached.layer.module, compat.ATTACHED, attached)
 
     def __enter__(self) -> Run:
         if self._switch is None:
@@ -163,13 +173,14 @@ class Run:
 
     def close(self) -> None:
         """Give the model back as it was; the statistics stay. A second call does nothing."""
-        if self._switch is None:
-            return
-        for attached in self._attached:
-            vars(attached.layer.module).pop(compat.ATTACHED, None)
-        self._switch.undo()
-        self._switch = None
-        self._lease.open = False
+        with _attaching:
+            if self._switch is None:
+                return
+            for attached in self._attached:
+                vars(attached.layer.module).pop(compat.ATTACHED, None)
+            self._switch.undo()
+            self._switch = None
+            self._lease.open = False
 
     def cache(self, max_cache_tokens: int) -> CappedCache:
         """Make a cache whose memory is bounded, for ``generate(past_key_values=...)``.
@@ -215,7 +226,6 @@ class Run:
         """
         own = sum(a.own is not None for a in self._attached)
         sparse = sum(a.sparse for a in self._attached)
-        masks = {a.layer.index: a.stripes for a in self._attached if a.stripes is not None}
         return {
             "layers": {
                 "attached": len(self._attached),
@@ -225,7 +235,7 @@ class Run:
             },
             "mode": self.mode,
             "impl_requested": self.impl,
-            **self._tally.summary(masks),
+            **self._tally.summary(),
             "mask_seconds": self._tally.mask_seconds,
         }
 

@@ -15,7 +15,7 @@ from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.keys import KeySlots, slots_of
 from dynmask.hf.parallel import heads_here
 from dynmask.hf.policy import PolicyCalls
-from dynmask.hf.tally import Tally, kind_of
+from dynmask.hf.tally import Sequences, Tally, kind_of
 from dynmask.masks import Stripes
 from dynmask.ops import attention, choose
 
@@ -42,22 +42,23 @@ class Attached:
         self.impl = impl
         self.tally = tally
         self.own = own
-        self._read()
-
-    def _read(self) -> None:
-        stripes = self.stripes
         self.striped = stripes is not None and not bool(stripes.full_heads.all())
         self._copies = None if stripes is None else HeadStripes(stripes)
 
     def meet(self, heads: int) -> None:
         """Fit to the query heads of a call: tensor parallelism leaves a process some of them."""
-        if self.stripes is None or heads == self.stripes.heads:
+        whole = self.stripes
+        if whole is None or heads == whole.heads:
             return
-        self.stripes = heads_here(self.layer.module, self.stripes, heads)
-        self._read()
-        if self.dynamic is not None:
-            dense = bool(self.stripes.full_heads.any())
-            self.dynamic = LayerPolicy(self.dynamic.settings, self.stripes) if dense else None
+        stripes = heads_here(self.layer.module, whole, heads)
+        self.striped = not bool(stripes.full_heads.all())
+        self._copies = HeadStripes(stripes)
+        dynamic = self.dynamic
+        if dynamic is not None:
+            dense = bool(stripes.full_heads.any())
+            self.dynamic = LayerPolicy(dynamic.settings, stripes) if dense else None
+        # Last: another thread that finds these heads must find all that belongs to them.
+        self.stripes = stripes
 
     @property
     def sparse(self) -> bool:
@@ -102,6 +103,11 @@ class Attached:
     def _warn(self, message: str) -> None:
         if self.tally.first_time(message):
             _log.warning(message)
+
+    def count(self, kind: str, impl: str, sequences: Sequences) -> None:
+        """Count what a call under the stripes of all heads computed."""
+        assert self.stripes is not None
+        self.tally.add_layer(kind, impl, self.layer.index, self.stripes, sequences)
 
     def mask(self, slots: KeySlots, device: torch.device) -> Stripes:
         """Return the stripes over this call's padding, on its device."""
@@ -164,9 +170,7 @@ def dynmask_attention(
     if capped.evicted:
         _refuse_dropout(dropout)
         found, impl = capped.attend(query, slots, scale=scaling, impl=attached.impl)
-        attached.tally.add(
-            kind_of(query.shape[2], slots.length), f"capped {impl}", attached.layer.index
-        )
+        attached.tally.add(kind_of(query.shape[2], slots.length), f"capped {impl}")
         out = found.transpose(1, 2).contiguous()
     else:
         out, _ = _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
@@ -197,7 +201,7 @@ def _attend(
             )
         if attached is not None:
             k_len = key.shape[2] if attention_mask is None else attention_mask.shape[-1]
-            attached.tally.add(kind_of(q_len, k_len), attached.own or DENSE, attached.layer.index)
+            attached.tally.add(kind_of(q_len, k_len), attached.own or DENSE)
         return compat.sdpa_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
         )
@@ -214,11 +218,12 @@ def _attend(
     if attached is not None and found is not None:
         _refuse_dropout(dropout)
         out, impl = found
-        attached.tally.add(kind, impl, attached.layer.index)
+        attached.tally.add(kind, impl)
         return out.transpose(1, 2).contiguous(), None
     if attached is None or not attached.striped:
         if attached is not None:
-            attached.tally.add(kind, DENSE, attached.layer.index, _shape(kind, slots, query))
+            attached.tally.add(kind, DENSE)
+            attached.tally.add_dense(kind, query.shape[1], _shape(kind, slots, query))
         return compat.sdpa_attention(
             module, query, key, value, slots.dense(q_len), dropout=dropout, scaling=scaling
         )
@@ -228,7 +233,8 @@ def _attend(
     if impl == "auto":
         impl = choose(query, key, value, mask)
     out = attention(query, key, value, mask, scale=scaling, impl=impl)
-    attached.tally.add(kind, impl, attached.layer.index, _shape(kind, slots, query))
+    attached.tally.add(kind, impl)
+    attached.count(kind, impl, _shape(kind, slots, query))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -237,6 +243,6 @@ def _refuse_dropout(dropout: float) -> None:
         raise ValueError("sparse attention has no dropout: call model.eval() first")
 
 
-def _shape(kind: str, slots: KeySlots, query: Tensor) -> tuple[tuple[int, int], ...]:
+def _shape(kind: str, slots: KeySlots, query: Tensor) -> Sequences:
     """Return what a call computed; decode is left out, its shapes differ at every step."""
     return () if kind == "decode" else slots.sequences(query.shape[2])

@@ -29,6 +29,7 @@ from dynmask.dam import (
 )
 from dynmask.hf import compat
 from dynmask.hf.fingerprint import compare, fingerprint
+from dynmask.hf.parallel import refuse_split
 from dynmask.hf.stream import Batch, LayerStream
 from dynmask.hf.windows import make_batches, make_windows
 from dynmask.masks import Stripes
@@ -106,7 +107,7 @@ def calibrate(
         ValueError: A setting is out of range; there are no texts, or they are too short;
             ``capture_length`` is over the model's limit; a map holds NaN; the model has no
             attention layer that dynmask knows, or all have windows of their own; the model is
-            inside ``accelerate``.
+            inside ``accelerate``, or its heads are split over processes.
 
     Source: DAM, arXiv 2506.11104, section 3.
     """
@@ -139,6 +140,7 @@ def calibrate(
             "sliding_window=None"
         )
     compat.refuse_attached(model)
+    refuse_split(model, [layer.module for layer in layers])
     longest = max(capture_length, coverage_length)
     parts = make_windows(
         tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +35,28 @@ def heads_here(module: nn.Module, stripes: Stripes, heads: int) -> Stripes:
     return stripes.of_heads(range(rank * heads, (rank + 1) * heads))
 
 
+def refuse_split(model: nn.Module, attention: Iterable[nn.Module]) -> None:
+    """Refuse a model of whose heads this process computes only some, before anything is computed.
+
+    Args:
+        model: The model.
+        attention: Its attention modules.
+
+    Raises:
+        ValueError: If a weight of theirs is split by tensor parallelism. Weights that FSDP shards
+            are whole again when they are used.
+    """
+    for module in attention:
+        for weight in module.parameters():
+            size = _splits(weight, model)
+            if size > 1:
+                raise ValueError(
+                    f"the model's heads are split over {size} processes (tensor parallelism), and "
+                    "each would see its own alone: calibrate the model without a tp_plan; the plan "
+                    "then serves the split model too"
+                )
+
+
 def whole(weight: Tensor) -> Tensor:
     """Return a weight in full, where it is spread over processes; all of them must ask for it."""
     gather: Any = getattr(weight, "full_tensor", None)
@@ -51,3 +74,25 @@ def _place(module: nn.Module) -> tuple[int, int]:
         if mesh.ndim == 1:
             return mesh.get_local_rank(), mesh.size()
     return 0, 1
+
+
+def _splits(weight: Tensor, model: nn.Module) -> int:
+    """Return over how many processes tensor parallelism splits a weight."""
+    mesh: Any = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return 1
+    names = mesh.mesh_dim_names or ()
+    if "tp" in names:
+        axis = names.index("tp")
+    elif not names and mesh.ndim == 1 and not _is_fsdp(model):
+        axis = 0  # transformers' own mesh, until it got names.
+    else:
+        return 1
+    placements: Any = weight.placements  # type: ignore[attr-defined]
+    return 1 if placements[axis].is_replicate() else int(mesh.size(axis))
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())

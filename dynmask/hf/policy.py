@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ class PolicyCalls:
     """The attention calls of one layer under a policy.
 
     A prefill starts anew. Where there is padding, each batch row is a sequence of its own. Beam
-    search moves rows between calls, which a policy that remembers cannot follow.
+    search moves rows between calls, which a policy that remembers cannot follow. Each thread has
+    its own sequences: what it began, it must end.
 
     Args:
         policy: The method.
@@ -31,7 +34,13 @@ class PolicyCalls:
         self.impl = impl
         self.tally = tally
         self._place = layer, layers
-        self._selectors: dict[int | None, Selector] = {}
+        self._of_thread = threading.local()
+
+    @property
+    def _selectors(self) -> dict[int | None, Selector]:
+        """What chooses for each batch row, or for all at once (None), in this thread."""
+        found: dict[int | None, Selector] = vars(self._of_thread).setdefault("selectors", {})
+        return found
 
     def attend(
         self,
@@ -47,7 +56,8 @@ class PolicyCalls:
 
         Raises:
             ValueError: The real tokens of a row are not one run, the call goes on where none ended
-                (beam search, a cache cropped elsewhere), or the backend cannot run it.
+                (beam search, a cache cropped elsewhere, another thread's), or the backend cannot
+                run it.
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if query.shape[2] == slots.length:

@@ -21,7 +21,7 @@ from dynmask.hf import accelerate
 from dynmask.ops import cpu, reference
 
 # Small enough for prompts of some tens of tokens.
-SMALL = Dynamic(coverage=0.6, tile=16, block=16, near=16, few=4, shortest=32)
+SMALL = Dynamic(coverage=0.6, tile=16, block=16, near=16, landmarks=8, few=4, shortest=32)
 MODES = {
     "static": {"mode": "static"},
     "auto": {"mode": "auto", "dynamic": SMALL},

@@ -155,7 +155,7 @@ def test_static_heads_run_on_stripes_and_the_others_dynamic():
     torch.testing.assert_close(out[:, 2:], dynamic)
     torch.testing.assert_close(out[:, :2], static[:, :2])
     shown = int(ran.shown) + 2 * int(streaming.visible_pairs(50)[0, :2].sum())
-    assert tally.summary({})["density"]["prefill"] == pytest.approx(shown / (8 * 50 * 51 // 2))
+    assert tally.summary()["density"]["prefill"] == pytest.approx(shown / (8 * 50 * 51 // 2))
 
 
 @pytest.mark.parametrize("impl", ["cpu", "sdpa", "reference"])

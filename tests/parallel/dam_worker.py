@@ -1,8 +1,10 @@
 """Accelerated models of transformers under tensor parallelism, beside themselves in one process."""
 
 import sys
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import hf_models
 import pytest
@@ -18,7 +20,7 @@ from dynmask.dam import Dynamic
 
 LENGTH = 150
 NEW = {"min_new_tokens": 12, "max_new_tokens": 12, "do_sample": False}
-SHORT = Dynamic(coverage=0.8, tile=16, block=16, near=8, shortest=64)
+SHORT = Dynamic(coverage=0.8, tile=16, block=16, near=8, landmarks=8, shortest=64)
 
 
 @cache
@@ -103,11 +105,20 @@ def another_models_plan_is_refused():
         accelerate(split, make_plan(other))
 
 
-def calibration_is_refused():
+def calibration_is_refused(*, at_once):
+    """Before anything runs; and should nothing tell that the heads are split, behind a layer."""
     split, _ = pair("llama")
     texts = [random_ids(1, 300, seed=s)[0].tolist() for s in range(3)]
-    with pytest.raises(ValueError, match="of which this process computes 2: calibrate the model"):
-        calibrate(split, None, texts, capture_length=32, coverage_length=64, holdout=0.3)
+    ran = []
+    hook = split.register_forward_pre_hook(lambda *_: ran.append(1))
+    told = "split over 2 processes" if at_once else "of which this process computes 2"
+    with ExitStack() as stack:
+        stack.callback(hook.remove)
+        if not at_once:
+            stack.enter_context(patch("dynmask.hf.calibration.refuse_split"))
+        with pytest.raises(ValueError, match=f"{told}.*: calibrate the model without a tp_plan"):
+            calibrate(split, None, texts, capture_length=32, coverage_length=64, holdout=0.3)
+    assert bool(ran) is not at_once
 
 
 CASES = {
@@ -129,7 +140,8 @@ CASES = {
     "H2O": partial(same_choice, H2O()),
     "TopK": partial(same_choice, TopK()),
     "another plan": another_models_plan_is_refused,
-    "calibrate": calibration_is_refused,
+    "calibrate": partial(calibration_is_refused, at_once=True),
+    "calibrate, unseen": partial(calibration_is_refused, at_once=False),
 }
 
 if __name__ == "__main__":
