@@ -13,11 +13,12 @@ from torch import Tensor
 from dynmask.dam.dynamic_gather import attend_gathered
 from dynmask.dam.dynamic_keys import Keys
 from dynmask.dam.dynamic_select import Choice, select
+from dynmask.dam.kernels import by_kernels
 from dynmask.ops import attention, choose
 
-# Logits alive at once: what fits a CPU's cache, and few launches on a GPU.
+# Logits alive at once on a CPU, what fits its cache; elsewhere listed keys, few launches.
 _CPU_CELLS = 1 << 23
-_CELLS = 1 << 26
+_CELLS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,19 @@ class Dynamic:
     tile: int = 64
     block: int = 64
     near: int = 64
-    landmarks: int = 8
+    landmarks: int = 32
+    queries: int = 16
     few: int = 64
     shortest: int = 1024
 
     def __post_init__(self) -> None:
         if not isinstance(self.coverage, int | float) or not 0 < self.coverage <= 1:
             raise ValueError(f"coverage={self.coverage!r} must be a number above 0 and at most 1")
-        for name in ("tile", "block", "near", "landmarks", "few", "shortest"):
+        for name in ("tile", "block", "near", "landmarks", "queries", "few", "shortest"):
             value = getattr(self, name)
             if not isinstance(value, int):
                 raise ValueError(f"{name}={value!r} must be an integer")
-            least = 1 if name in ("tile", "block", "landmarks") else 0
+            least = 1 if name in ("tile", "block", "landmarks", "queries") else 0
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if self.landmarks > self.block:
@@ -178,8 +180,7 @@ def runs_gathered(q: Tensor, k: Tensor, v: Tensor, impl: str) -> bool:
     Raises:
         ValueError: ``impl="cpu"`` for tensors that are not on the CPU, or with gradients.
     """
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    fits = q.device.type == "cpu" and not grad
+    fits = q.device.type == "cpu" and not wants_gradients(q, k, v)
     if impl == "cpu" and not fits:
         why = f"these are on {q.device}" if q.device.type != "cpu" else "call torch.no_grad()"
         raise ValueError(f'impl="cpu" needs CPU tensors without gradients: {why}')
@@ -188,11 +189,16 @@ def runs_gathered(q: Tensor, k: Tensor, v: Tensor, impl: str) -> bool:
 
 def _parts(q: Tensor, k: Tensor, settings: Dynamic) -> Iterator[tuple[int, int]]:
     """Cut the rows into parts that end where tiles end; yield ``(first, last)`` positions."""
-    batch, heads, q_len, _ = q.shape
-    k_len, tile = k.shape[2], settings.tile
-    cells = _CPU_CELLS if q.device.type == "cpu" else _CELLS
-    of_row = k_len // settings.block * settings.landmarks + settings.near + settings.block + tile
-    rows = cells // (batch * heads * of_row) // tile * tile
+    batch, groups, k_len = k.shape[:3]
+    q_len, tile = q.shape[2], settings.tile
+    of_tile = settings.queries * (
+        k_len // settings.block * settings.landmarks + settings.near + settings.block + tile
+    )
+    cells = _CPU_CELLS
+    if q.device.type != "cpu":
+        # The list of a tile's keys, in kernels that do not keep logits.
+        of_tile, cells = max(of_tile // settings.queries, k_len), _CELLS
+    rows = cells // (batch * groups * of_tile) * tile
     first = k_len - q_len
     while first < k_len:
         last = min(first // tile * tile + max(rows, tile), k_len)
@@ -209,12 +215,21 @@ def _attend(
     impl: str,
     clock: AbstractContextManager[object],
 ) -> tuple[Tensor, str]:
-    """Attend one part by the engine: the choice as `Blocks` of single slots, summaries first."""
+    """Attend one part by the engine, summaries first."""
+    end = keys.summaries + last
+    k, v, bias = keys.k[:, :, :end], keys.v[:, :, :end], keys.bias[:, :, :end]
+    list_keys, attend = by_kernels(q, "choice_lists"), by_kernels(q, "attend_listed")
+    if list_keys and attend and impl in ("auto", "triton") and not wants_gradients(q, k, v):
+        with clock:
+            lists = list_keys(choice, keys, last)
+        return attend(q, k, v, bias, lists, tile=choice.tile, scale=scale), "triton"
     with clock:
         mask = choice.blocks(keys, last)
-        end = keys.summaries + last
-    k, v, bias = keys.k[:, :, :end], keys.v[:, :, :end], keys.bias[:, :, :end]
     if impl == "auto":
         impl = choose(q, k, v, mask, bias=bias)
-    out = attention(q, k, v, mask, bias=bias, scale=scale, impl=impl)
-    return out, impl
+    return attention(q, k, v, mask, bias=bias, scale=scale, impl=impl), impl
+
+
+def wants_gradients(*inputs: Tensor) -> bool:
+    """Tell whether a backward pass may follow a call with these inputs."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

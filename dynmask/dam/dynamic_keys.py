@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynmask.dam.kernels import by_kernels
 from dynmask.dam.landmarks import landmarks
 from dynmask.ops.reference import accumulation_dtype
 
@@ -46,6 +47,8 @@ class Keys:
         whole = k[:, :, : count * block].unflatten(2, (count, block))
         front = -(-count // tile) * tile
 
+        find = by_kernels(k, "landmarks") or landmarks
+
         def with_summaries(source: Tensor) -> Tensor:
             whole = source[:, :, : count * block].unflatten(2, (count, block))
             # Sums of half floats are taken in float32 by torch.
@@ -56,7 +59,7 @@ class Keys:
         bias = torch.zeros(front + k_len, dtype=accumulation_dtype(k.dtype), device=k.device)
         bias[:count] = math.log(block)
         return cls(
-            landmarks(whole, marks).transpose(2, 3).contiguous(),
+            find(whole.detach(), marks)[0],
             with_summaries(k),
             with_summaries(v),
             bias.expand(batch, groups, -1),

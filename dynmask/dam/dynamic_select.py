@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dynmask.dam.dynamic_cost import summary_costs
 from dynmask.dam.dynamic_keys import Keys
+from dynmask.dam.keep import keep
+from dynmask.dam.kernels import by_kernels
 from dynmask.masks import Blocks
-from dynmask.ops.reference import accumulation_dtype
 
 if TYPE_CHECKING:
     from dynmask.dam.dynamic import Dynamic
@@ -122,83 +124,10 @@ def select(q: Tensor, keys: Keys, settings: Dynamic, *, first: int, scale: float
     far = far_blocks(settings, top, tiles, q.device)
     count = max(0, (top + tiles - 1) * settings.tile - settings.near) // settings.block
     if count == 0 or settings.coverage == 1:
-        kept = torch.ones(batch, groups, tiles, count, dtype=torch.bool, device=q.device)
+        is_far = torch.arange(count, device=q.device) < far[:, None]
+        kept = is_far.expand(batch, groups, tiles, count)
     else:
-        cost, order = _cost(q, keys, settings, far, count, first, scale).sort(-1, descending=True)
-        left = cost.flip(-1).cumsum(-1).flip(-1)
-        kept = torch.zeros(cost.shape, dtype=torch.bool, device=q.device)
-        kept.scatter_(-1, order, left > (1 - settings.coverage) ** 2)
-    is_far = torch.arange(count, device=q.device) < far[:, None]
-    return Choice(kept & is_far, far, top, settings.tile, settings.block, settings.near)
-
-
-def _cost(
-    q: Tensor,
-    keys: Keys,
-    settings: Dynamic,
-    far: Tensor,
-    count: int,
-    first: int,
-    scale: float,
-) -> Tensor:
-    """Return ``[B, G, T, count]``, the mean cost of each block's summary to each tile's rows.
-
-    Zero for blocks that are not far.
-    """
-    batch, groups = keys.k.shape[:2]
-    heads, n, dim = q.shape[1:]
-    tile, tiles = settings.tile, len(far)
-    top = torch.arange(tiles, device=q.device)[:, None] + first // tile
-    row = top * tile + torch.arange(tile, device=q.device)
-    # Rows that the first and the last tile lack are zeros, and do not count.
-    before = first - first // tile * tile
-    q = torch.nn.functional.pad(q, (0, 0, before, tiles * tile - before - n))
-    q = q.view(batch, groups, heads // groups, tiles, tile, dim)
-    real = ((row >= first) & (row < first + n)).to(accumulation_dtype(q.dtype))
-
-    q = q * scale
-    near = _near_logits(q, keys, settings, far, row, first + n)
-    is_far = (torch.arange(count, device=q.device) < far[:, None])[:, None]
-    # What lies behind a tile must not even set the scale. Before this block all is far.
-    some = max(0, first // tile * tile - settings.near) // settings.block
-    behind = ~is_far[..., some:]
-    rows = q.flatten(2, 4)
-    marks = settings.landmarks
-    of_marks = keys.landmarks[:, :, :, :count].flatten(2, 3)
-    weights = (rows @ of_marks.mT).to(near.dtype).view(*q.shape[:5], marks, count)
-    weights[..., some:].masked_fill_(behind[..., None, :], float("-inf"))
-    summary = (rows @ keys.means(count).mT).to(near.dtype).view(*q.shape[:5], count)
-    summary[..., some:].masked_fill_(behind, float("-inf"))
-    # Relative to the row's largest, which no block's mean logit exceeds.
-    largest = torch.maximum(weights.flatten(-2).amax(-1), near.amax(-1))[..., None]
-    weights = weights.sub_(largest[..., None]).exp_()
-    summary = summary.sub_(largest).exp_()
-    total = near.sub_(largest).exp_().sum(-1, keepdim=True)
-    # The last landmark stands for the rest of the block.
-    rest = settings.block - marks + 1
-    mass = weights.sum(-2).add_(weights[..., -1, :], alpha=rest - 1)
-    total += mass.sum(-1, keepdim=True)
-    square = weights.square_().sum(-2).add_(weights[..., -1, :], alpha=rest - 1)
-    # sum (P - A)^2 over a block's keys, the share of its summary in A.
-    cost = square.addcmul_(summary, mass, value=-2)
-    cost.addcmul_(summary, summary, value=settings.block)
-    cost /= total.square()
-    cost = (cost.mean(2) * real[..., None]).sum(3) / real.sum(1)[:, None]
-    return cost.clamp_min_(0)
-
-
-def _near_logits(
-    q: Tensor, keys: Keys, settings: Dynamic, far: Tensor, row: Tensor, last: int
-) -> Tensor:
-    """Return ``[B, G, R, T, tile, W]`` logits of the keys that are not far; -inf for no key."""
-    batch, groups, ratio, tiles, tile, dim = q.shape
-    # No tile has more: the end of the block that `near` cuts, `near` itself and its own rows.
-    width = torch.arange(settings.near + settings.block - 1 + tile, device=q.device)
-    place = (far * settings.block)[:, None] + width
-    k = keys.tokens(0, last)[:, :, place.clamp_max(last - 1).flatten()]
-    k = k.view(batch, groups, tiles, len(width), dim)
-    rows = q.transpose(2, 3).reshape(batch, groups, tiles, ratio * tile, dim)
-    found = (rows @ k.mT).to(accumulation_dtype(q.dtype))
-    found = found.view(batch, groups, tiles, ratio, tile, len(width)).transpose(2, 3)
-    hidden = (place[:, None] > row[..., None]) | (place >= last)[:, None]
-    return found.masked_fill(hidden, float("-inf"))
+        cost = summary_costs(q, keys, settings, far, count, first, scale)
+        choose = by_kernels(cost, "keep") or keep
+        kept = choose(cost, far, (1 - settings.coverage) ** 2)
+    return Choice(kept, far, top, settings.tile, settings.block, settings.near)

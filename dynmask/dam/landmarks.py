@@ -1,4 +1,4 @@
-"""A few keys that stand for a block of them."""
+"""A few vectors that stand for a block of them."""
 
 from __future__ import annotations
 
@@ -8,37 +8,46 @@ from torch import Tensor
 from dynmask.ops.reference import accumulation_dtype
 
 
-def landmarks(k: Tensor, count: int) -> Tensor:
-    r"""Return the ``count - 1`` keys of each block that lie farthest apart, and the others' mean.
+def landmarks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return ``count - 1`` vectors of each block that lie far apart, and the mean of the others.
 
-    The first is the key farthest from the block's mean, and each next one the farthest from the
-    mean and those taken, by Euclidean distance; of equally far keys the first. So a key that
+    The first is the vector farthest from the block's mean, and each next one the farthest from the
+    mean and those taken, by Euclidean distance; of equally far ones the first. So a key that
     differs from its neighbours, as a fact in running text does, stands for itself. Together with
     their counts (1 each, and ``block - count + 1`` for the mean) landmarks have the block's mean.
 
     Args:
-        k: ``[B, G, n, block, D]``, ``n`` blocks.
+        x: ``[B, G, n, block, D]``, keys or queries in ``n`` blocks.
         count: Landmarks of a block, 1 to ``block``.
 
     Returns:
-        ``[B, G, n, count, D]``, the mean last.
+        ``[B, G, count, n, D]``, contiguous, the mean last, and ``[B, G, n, count - 1]`` int64, the
+        places of the others in their block.
 
     Source: farthest-point sampling, T. F. Gonzalez, Theoretical Computer Science 38 (1985).
     """
-    block = k.shape[3]
-    far = k.to(accumulation_dtype(k.dtype))
-    total = far.sum(3)
-    if count == 1:
-        return (total / block).unsqueeze(3).to(k.dtype)
-    distance = (far - (total / block).unsqueeze(3)).square().sum(-1)
-    taken = []
-    for _ in range(count - 1):
+    block, dim = x.shape[3:]
+    wide = x.to(accumulation_dtype(x.dtype))
+    total = wide.sum(3)
+    # From the mean, so that little is lost in the differences of squares below.
+    apart = wide - (total / block).unsqueeze(3)
+    norm = apart.square().sum(-1)
+    products = apart @ apart.mT
+    distance = norm.clone()
+    none = 64 * torch.finfo(wide.dtype).eps
+    places = torch.empty(*x.shape[:3], count - 1, dtype=torch.int64, device=x.device)
+    for i in range(count - 1):
         place = distance.argmax(-1, keepdim=True)
-        key = far.gather(3, place[..., None].expand(*place.shape, k.shape[4]))
-        taken.append(key)
-        distance = torch.minimum(distance, (far - key).square().sum(-1))
-        # Among equal keys it must not be taken again.
+        places[..., i : i + 1] = place
+        row = products.gather(3, place[..., None].expand(*place.shape, block)).squeeze(3)
+        norms = norm + norm.gather(-1, place)
+        away = row.mul_(-2).add_(norms)
+        # What rounding leaves between equal vectors must not choose among them.
+        away.masked_fill_(away <= none * norms, 0.0)
+        torch.minimum(distance, away, out=distance)
+        # Among equal vectors it must not be taken again.
         distance.scatter_(-1, place, -1.0)
-    chosen = torch.cat(taken, 3)
+    chosen = wide.gather(3, places[..., None].expand(*places.shape, dim))
     rest = (total - chosen.sum(3)) / (block - count + 1)
-    return torch.cat([chosen, rest.unsqueeze(3)], 3).to(k.dtype)
+    marks = torch.cat([chosen, rest.unsqueeze(3)], 3).to(x.dtype)
+    return marks.transpose(2, 3).contiguous(), places

@@ -9,12 +9,13 @@ import torch
 from torch.nn import functional
 
 from dynmask.dam import dynamic as dynamic_module
+from dynmask.dam import dynamic_select
 from dynmask.dam.dynamic import Dynamic, dynamic_attention
 from dynmask.dam.dynamic_keys import Keys
 from dynmask.dam.dynamic_select import select
 from dynmask.dam.landmarks import landmarks
 
-SMALL = Dynamic(coverage=0.9, tile=16, block=8, near=10, landmarks=3, few=6, shortest=0)
+SMALL = Dynamic(coverage=0.9, tile=16, block=8, near=10, landmarks=3, queries=5, few=6, shortest=0)
 
 
 def draw(q_len, k_len, *, batch=1, heads=4, groups=2, dim=16, sharp=2.0, seed=0, dtype=None):
@@ -32,41 +33,50 @@ def causal(q, k, v):
 
 
 def landmarks_by_definition(block, count):
-    """Keys and how many each stands for: the farthest from the mean and from those taken."""
+    """Vectors, how many each stands for, and places: the farthest from the mean and those taken."""
     left, taken = list(range(len(block))), []
     for _ in range(count - 1):
         seen = [block.mean(0), *(block[i] for i in taken)]
         away = [min(float((block[i] - key).norm()) for key in seen) for i in left]
         taken.append(left.pop(away.index(max(away))))
-    return [block[i] for i in taken] + [block[left].mean(0)], [1] * (count - 1) + [len(left)]
+    vectors = [block[i] for i in taken] + [block[left].mean(0)]
+    return vectors, [1] * (count - 1) + [len(left)], taken
+
+
+def representatives_by_definition(q, settings, heads, begin, end, tile):
+    """Queries that stand for a tile's rows, for how many, and at which position."""
+    top = tile * settings.tile
+    places = [min(max(i, begin), end - 1) for i in range(top, top + settings.tile)]
+    rows = torch.stack([q[h, i - begin] for h in heads for i in places])
+    found, counts, taken = landmarks_by_definition(rows, min(settings.queries, len(rows)))
+    at = [places[i % settings.tile] for i in taken] + [places[-1]]
+    return zip(found, counts, at, strict=True), len(rows)
 
 
 def chosen_by_definition(q, k, settings, b, g, tile):
-    """Far blocks and those kept, for one tile of whole sequences, by loops over rows."""
+    """Far blocks and those kept, for one tile of whole sequences, by loops."""
     q_len, k_len, ratio = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    begin = k_len - q_len
     far = max(0, tile * settings.tile - settings.near) // settings.block
     blocks = k[b, g, : far * settings.block].view(far, settings.block, q.shape[3])
-    marks = [landmarks_by_definition(block, settings.landmarks) for block in blocks]
-    rows = range(max(begin, tile * settings.tile), min(k_len, (tile + 1) * settings.tile))
+    marks = [landmarks_by_definition(block, settings.landmarks)[:2] for block in blocks]
     cost = [0.0] * far
-    for i in rows:
-        for h in range(g * ratio, (g + 1) * ratio):
-            row = q[b, h, i - begin] / math.sqrt(q.shape[3])
-            near = (k[b, g, far * settings.block : i + 1] @ row).exp().sum()
-            weights = [[float((key @ row).exp()) for key in keys] for keys, _ in marks]
-            total = float(near) + sum(
-                count * weight
-                for (_, counts), of_block in zip(marks, weights, strict=True)
-                for count, weight in zip(counts, of_block, strict=True)
+    heads = range(g * ratio, (g + 1) * ratio)
+    rows, every = representatives_by_definition(q[b], settings, heads, k_len - q_len, k_len, tile)
+    for row, stands_for, at in rows:
+        row = row / math.sqrt(q.shape[3])
+        summaries = [float((block.mean(0) @ row).exp()) for block in blocks]
+        total = float((k[b, g, far * settings.block : at + 1] @ row).exp().sum())
+        few = min(4, settings.landmarks - 1)
+        for (vectors, _), block in zip(marks, blocks, strict=True):
+            total += sum(float((key @ row).exp()) for key in vectors[:few])
+            others = (block.sum(0) - sum(vectors[:few])) / (settings.block - few)
+            total += (settings.block - few) * float((others @ row).exp())
+        for block in range(far):
+            error = sum(
+                count * ((float((key @ row).exp()) - summaries[block]) / total) ** 2
+                for key, count in zip(*marks[block], strict=True)
             )
-            for block in range(far):
-                summary = float((blocks[block].mean(0) @ row).exp())
-                error = sum(
-                    count * ((weight - summary) / total) ** 2
-                    for count, weight in zip(marks[block][1], weights[block], strict=True)
-                )
-                cost[block] += error / (len(rows) * ratio)
+            cost[block] += stands_for * error / every
     order = sorted(range(far), key=lambda block: -cost[block])
     allowed = (1 - settings.coverage) ** 2
     few = next(n for n in range(far + 1) if sum(cost[block] for block in order[n:]) <= allowed)
@@ -116,8 +126,22 @@ def attention_by_definition(q, k, v, settings):
         (1, 70, {}),
         (33, 64, {"landmarks": 1}),
         (33, 64, {"landmarks": 8}),
+        (50, 64, {"landmarks": 7}),
+        (50, 64, {"queries": 1}),
+        (50, 64, {"queries": 100}),
     ],
-    ids=["square", "odd", "chunk", "coarse", "one-row", "means", "every-key"],
+    ids=[
+        "square",
+        "odd",
+        "chunk",
+        "coarse",
+        "one-row",
+        "means",
+        "every-key",
+        "seven",
+        "mean-row",
+        "rows",
+    ],
 )
 @pytest.mark.parametrize("impl", ["auto", "reference", "sdpa"])
 def test_equals_the_definition(q_len, k_len, changes, impl):
@@ -152,9 +176,10 @@ def test_dense_kernels_evaluate_every_pair(impl):
 
 def test_some_blocks_are_kept_and_some_are_not():
     q, k, v = draw(100, 100)
-    _, ran = dynamic_attention(q, k, v, SMALL)
+    settings = Dynamic(**{**vars(SMALL), "coverage": 0.95})
+    _, ran = dynamic_attention(q, k, v, settings)
     keys = Keys.build(k, v, block=SMALL.block, tile=SMALL.tile, marks=SMALL.landmarks)
-    choice = select(q, keys, SMALL, first=0, scale=0.25)
+    choice = select(q, keys, settings, first=0, scale=0.25)
     share = choice.kept.sum() / choice.far.sum() / k.shape[1]
     assert 0.2 < float(share) < 0.98
     assert int(ran.shown) < ran.causal
@@ -180,13 +205,16 @@ def test_landmarks_are_their_definition():
     k = draw(1, 2 * 3 * 13, batch=2)[1].view(2, 2, 6, 13, 16)
     k[0, 1, 2, 5:] = k[0, 1, 2, 4]  # Equal keys stand once each.
     for count in (1, 2, 5, 13):
-        found = landmarks(k, count)
-        assert found.shape == (2, 2, 6, count, 16)
+        found, places = landmarks(k, count)
+        assert found.shape == (2, 2, count, 6, 16)
+        assert found.is_contiguous()
         for b, g, n in ((0, 0, 0), (1, 1, 5), (0, 1, 2)):
-            expected, counts = landmarks_by_definition(k[b, g, n], count)
-            torch.testing.assert_close(found[b, g, n], torch.stack(expected))
+            expected, counts, taken = landmarks_by_definition(k[b, g, n], count)
+            torch.testing.assert_close(found[b, g, :, n], torch.stack(expected))
+            if n != 2:
+                assert places[b, g, n].tolist() == taken
             weights = torch.tensor(counts, dtype=k.dtype)
-            torch.testing.assert_close(weights @ found[b, g, n] / 13, k[b, g, n].mean(0))
+            torch.testing.assert_close(weights @ found[b, g, :, n] / 13, k[b, g, n].mean(0))
 
 
 def test_what_lies_behind_a_tile_does_not_touch_its_choice():
@@ -195,14 +223,15 @@ def test_what_lies_behind_a_tile_does_not_touch_its_choice():
         Keys.build(k * c[:, None], v, block=SMALL.block, tile=SMALL.tile, marks=SMALL.landmarks)
         for c in (torch.ones(96), torch.where(torch.arange(96) < 64, 1.0, 1e4))
     ]
-    one, two = (select(q, x, SMALL, first=0, scale=0.25).kept[:, :, :4] for x in keys)
+    settings = Dynamic(**{**vars(SMALL), "coverage": 0.98})
+    one, two = (select(q, x, settings, first=0, scale=0.25).kept[:, :, :4] for x in keys)
     assert one[..., :6].any()
     assert one.equal(two)
 
 
 def test_flat_maps_need_summaries_only():
     q, k, v = draw(600, 600, sharp=0.02)
-    settings = Dynamic(coverage=0.98, tile=32, block=16, near=16, shortest=0)
+    settings = Dynamic(coverage=0.98, tile=32, block=16, near=16, landmarks=8, shortest=0)
     out, ran = dynamic_attention(q, k, v, settings)
     assert int(ran.shown) / ran.causal < 0.2
     exact = causal(q, k, v)
@@ -210,7 +239,7 @@ def test_flat_maps_need_summaries_only():
 
 
 @pytest.mark.parametrize("tile", [10, 15], ids=["last", "middle"])
-def test_a_needle_is_kept_whoever_asks(tile):
+def test_a_needle_is_kept_whoever_asks(tile, monkeypatch):
     # Some rows of one tile look each at one early key of its own; no other row does.
     q, k, v = draw(512, 512, heads=2, groups=1, sharp=0.1)
     places, rows = torch.randperm(250)[:6], tile * 32 + torch.tensor([0, 7, 13, 14, 22, 31])
@@ -224,8 +253,8 @@ def test_a_needle_is_kept_whoever_asks(tile):
     for row in rows.tolist():
         assert float((out[0, :, row] - exact[0, :, row]).norm() / exact[0, :, row].norm()) < 0.05
     # The test can fail: with summaries alone the keys are lost.
-    blind = Dynamic(coverage=1e-9, tile=32, block=16, near=16, shortest=0)
-    lost, _ = dynamic_attention(q, k, v, blind)
+    monkeypatch.setattr(dynamic_select, "keep", lambda cost, *_: torch.zeros_like(cost).bool())
+    lost, _ = dynamic_attention(q, k, v, settings)
     row = rows[-1]
     assert float((lost[..., row, :] - exact[..., row, :]).norm() / exact[..., row, :].norm()) > 0.3
 
@@ -326,6 +355,7 @@ def test_the_clock_runs_around_the_choice():
         {"tile": 0},
         {"block": 0},
         {"landmarks": 0},
+        {"queries": 0},
         {"near": -1},
         {"few": -1},
         {"shortest": -1},

@@ -39,6 +39,7 @@ def forward(
     lists: TileLists | None,
     scale: float,
     immortal: bool,
+    tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
     """Do what `dynmask.ops.triton.forward.forward` does, where `fits`."""
     batch, heads, q_len, dim = q.shape
@@ -46,9 +47,9 @@ def forward(
     ratio = heads // groups
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    t0 = (k_len - q_len) // TILE
-    tiles = -(-k_len // TILE) - t0
-    parts = -(-TILE * ratio // (2 * ROWS))
+    t0 = (k_len - q_len) // tile
+    tiles = -(-k_len // tile) - t0
+    parts = -(-tile * ratio // (2 * ROWS))
     _forward_kernel[(tiles * parts, batch * groups)](
         q,
         k,
@@ -78,7 +79,7 @@ def forward(
         LISTED=lists is not None,
         IMMORTAL=immortal,
         WIDE=not int32_offsets(k, v),
-        TILE=TILE,
+        TILE=tile,
         ROWS=ROWS,
         BLOCK_N=BLOCK_N,
         num_warps=4,

@@ -1,0 +1,252 @@
+"""Time dynamic masks against torch's dense causal kernels on a GPU: the op, and whole models.
+
+    python benchmarks/dynamic_gpu.py --model FOLDER [--lengths 8192 32768 65536 131072]
+        [--coverage 0.975] [--models 1B 8B] [--model-lengths 32768 131072] [--density 0.1]
+        [--rounds 10] [--out FILE.json]
+
+Op: bfloat16, 32 heads on 8 key heads, D 64, Llama-3.2-1B's. Queries, keys and values are those of
+the model in FOLDER (a dense Llama with 4 query heads a key head and D 64), from as many of its
+layers as 8 key heads take, on the package's texts, read in windows of the model's context at their
+places in the long text, so that positions run on. Everything is timed: landmarks, costs, choice,
+lists, attention. `selection` is the time of all but attention, by events inside the call.
+
+Whole models: Llama-3.2-1B's and Llama-3.1-8B's shapes with random weights, a prompt of random
+tokens, time to the last token's logits. Random weights have flat attention maps, which ask for no
+block at all: the selection runs as always, and random blocks of --density are kept instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import dynmask
+from dynmask.assets import load_texts, load_tokenizer
+from dynmask.bench import dense
+from dynmask.bench.environment import environment
+from dynmask.bench.timing import Clock, Run, Times, measure, peak_memory, ratio
+from dynmask.dam.dynamic import Dynamic, dynamic_attention
+
+HEADS, GROUPS, DIM = 32, 8, 64
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+SHAPES = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+}
+
+
+class Events(AbstractContextManager[None]):
+    """Adds up the device's time inside with blocks."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        self.pairs.append(tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)))
+        self.pairs[-1][0].record()
+
+    def __exit__(self, *_: object) -> None:
+        self.pairs[-1][1].record()
+
+    def seconds(self) -> float:
+        torch.cuda.synchronize()
+        return sum(a.elapsed_time(b) for a, b in self.pairs) / 1e3
+
+
+def taken_from(folder: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the q, k and v of a trained model for a text of ``length`` tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    config = model.config
+    ratio_, groups = HEADS // GROUPS, config.num_key_value_heads
+    if config.head_dim != DIM or config.num_attention_heads // groups != ratio_:
+        raise SystemExit(f"--model must have D {DIM} and {ratio_} query heads a key head")
+    count = GROUPS // groups
+    layers = [(2 * i + 1) * config.num_hidden_layers // (2 * count) for i in range(count)]
+    found: list[list[Tensor]] = [[], [], []]
+
+    def keep(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
+        if module.layer_idx in layers:
+            for kept, t in zip(found, (q, k, v), strict=True):
+                kept.append(t)
+        return sdpa(module, q, k, v, *args, **options)
+
+    sdpa = AttentionInterface()["sdpa"]
+    AttentionInterface.register("kept", keep)
+    model.set_attn_implementation("kept")
+    ids = load_tokenizer()("\n".join(load_texts("haystack"))).input_ids
+    ids = torch.tensor(ids).repeat(length // len(ids) + 1)[None, :length].cuda()
+    window = config.max_position_embeddings
+    parts: list[list[Tensor]] = [[], [], []]
+    for first in range(0, length, window):
+        part = ids[:, first : first + window]
+        at = torch.arange(first, first + part.shape[1], device="cuda")[None]
+        for kept in found:
+            kept.clear()
+        with torch.no_grad():
+            model(part, position_ids=at, use_cache=False, logits_to_keep=1)
+        for kept, made in zip(parts, found, strict=True):
+            kept.append(torch.cat(made, 1))
+    return tuple(torch.cat(kept, 2).contiguous() for kept in parts)  # type: ignore[return-value]
+
+
+def op(folder: str, lengths: list[int], settings: Dynamic, rounds: int) -> list[dict[str, Any]]:
+    clock, cells = Clock(torch.device("cuda")), []
+    every = taken_from(folder, max(lengths))
+    for length in lengths:
+        cells.append(cell(*(t[:, :, :length].contiguous() for t in every), settings, rounds, clock))
+        show(cells[-1])
+    return cells
+
+
+def cell(
+    q: Tensor, k: Tensor, v: Tensor, settings: Dynamic, rounds: int, clock: Clock
+) -> dict[str, Any]:
+    attend = dense.causal(q.device)
+    exact = attend["flash"](q, k, v)
+    out, ran = dynamic_attention(q, k, v, settings)
+    error = float((out.float() - exact.float()).norm() / exact.float().norm())
+    runs = {name: Run(partial(f, q, k, v)) for name, f in attend.items()}
+    runs["dynamic"] = Run(partial(dynamic_attention, q, k, v, settings))
+    times = measure(runs, clock, rounds=rounds, warmups=4, budget=1.0)
+    selection = []
+    for _ in range(5):
+        events = Events()
+        # Launches are queued meanwhile, as in a model.
+        torch.cuda._sleep(50_000_000)
+        dynamic_attention(q, k, v, settings, clock=events)
+        selection.append(events.seconds())
+    best = dense.fastest({name: times[name] for name in attend})
+    return {
+        "part": "op",
+        "length": q.shape[2],
+        "density": int(ran.shown) / ran.causal,
+        "distance": error,
+        "times": {name: t.to_dict() for name, t in times.items()},
+        "selection": Times.of(selection).to_dict(),
+        "fastest": best,
+        "speedup": ratio(times[best], times["dynamic"]),
+        "peak": peak_memory(runs["dynamic"], q.device),
+        "peak_flash": peak_memory(runs["flash"], q.device),
+    }
+
+
+def keep_at_random(density: float) -> None:
+    """Have the selection run, and keep random blocks instead of what it chose."""
+    from dynmask.dam.triton import keep as module
+
+    real = module.keep
+
+    def keep(cost: Tensor, far: Tensor, allowed: float) -> Tensor:
+        kept = real(cost, far, allowed)
+        chosen = torch.rand(kept.shape, device=kept.device) < density
+        return chosen & (torch.arange(kept.shape[3], device=kept.device) < far[:, None])
+
+    module.keep = keep
+
+
+def whole(name: str, lengths: list[int], settings: Dynamic, rounds: int) -> list[dict[str, Any]]:
+    config = LlamaConfig(
+        **SHAPES[name],
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=1 << 20,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=name == "1B",
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    clock, cells = Clock(torch.device("cuda")), []
+    for length in lengths:
+        ids = torch.randint(0, 128256, (1, length), device="cuda")
+
+        read = partial(read_prompt, model, ids)
+        times, peaks = {}, {}
+        for kind in ("cudnn", "flash", "dynamic"):
+            with ExitStack() as stack:
+                if kind == "dynamic":
+                    run = stack.enter_context(dynmask.accelerate(model, dynamic=settings))
+                else:
+                    stack.enter_context(sdpa_kernel(SDPA[kind]))
+                made = measure({kind: Run(read)}, clock, rounds=rounds, warmups=2, budget=2.0)
+                times |= made
+                peaks[kind] = peak_memory(read, ids.device)
+                if kind == "dynamic":
+                    density = run.stats()["density"]["prefill"]
+            gc.collect()
+            torch.cuda.empty_cache()
+        cells.append(
+            {
+                "part": name,
+                "length": length,
+                "density": density,
+                "times": {k: t.to_dict() for k, t in times.items()},
+                "speedup": {k: ratio(times[k], times["dynamic"]) for k in ("cudnn", "flash")},
+                "peaks": peaks,
+            }
+        )
+        show(cells[-1])
+    return cells
+
+
+def read_prompt(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, logits_to_keep=1, use_cache=True).logits
+
+
+def show(cell: dict[str, Any]) -> None:
+    times = {k: round(t["median"] * 1e3, 2) for k, t in cell["times"].items()}
+    ours = cell["times"]["dynamic"]["median"]
+    share = f" selection {cell['selection']['median'] / ours:.0%}" if "selection" in cell else ""
+    extra = f" distance {cell['distance']:.4f}" if "distance" in cell else ""
+    print(
+        f"{cell['part']} {cell['length']} density {cell['density']:.3f} ms {times}{share}{extra}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="folder of a trained model; without it no op is timed")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--coverage", type=float, default=Dynamic().coverage)
+    parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=[])
+    parser.add_argument("--model-lengths", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--density", type=float, default=0.1, help="blocks kept in whole models")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    settings = Dynamic(coverage=args.coverage)
+    cells = op(args.model, args.lengths, settings, args.rounds) if args.model else []
+    where = environment(torch.device("cuda"))
+    result: dict[str, Any] = {"environment": where, "coverage": args.coverage, "cells": cells}
+
+    def write() -> None:
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    write()
+    if args.models:
+        result["kept"] = args.density
+        keep_at_random(args.density)
+    for name in args.models:
+        cells += whole(name, args.model_lengths, settings, args.rounds)
+        write()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Which steps of dynamic masks run in Triton kernels."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MODULES = {
+    "landmarks": "dynmask.dam.triton.landmarks",
+    "block_costs": "dynmask.dam.triton.cost",
+    "keep": "dynmask.dam.triton.keep",
+    "choice_lists": "dynmask.dam.triton.lists",
+    "attend_listed": "dynmask.ops.triton.listed",
+}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_DIM = 256
+
+
+def by_kernels(x: Tensor, name: str, *, marks: int = 1) -> Callable[..., Any] | None:
+    """Return the kernel's function of this name, or None where torch must do.
+
+    Args:
+        x: What it would run on: CUDA tensors of 16 or 32 bits, heads of up to 256.
+        name: "landmarks", "block_costs", "keep", "choice_lists" or "attend_listed".
+        marks: Landmarks of a block; "block_costs" takes powers of two up to 128.
+    """
+    if not (x.is_cuda and x.dtype in _DTYPES and _has_triton()):
+        return None
+    if name != "keep" and x.shape[-1] > _MOST_DIM:
+        return None
+    if marks & (marks - 1) or marks > 128:
+        return None
+    module = importlib.import_module(_MODULES[name])
+    found: Callable[..., Any] = getattr(module, name)
+    return found
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

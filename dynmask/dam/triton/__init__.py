@@ -1,0 +1,1 @@
+"""Dynamic masks chosen on the GPU: Triton kernels. Imported only where they run."""
