@@ -64,7 +64,7 @@ def dynamic_panel() -> tuple[Tensor, Tensor, int]:
     The queries of some tiles look hard at one block of keys, in the others at nothing much.
     """
     looks = {3: 0, 5: 2, 6: 1, 7: 4}
-    settings = Dynamic(tile=4, block=4, near=4, landmarks=2, shortest=0)
+    settings = Dynamic(tile=4, block=4, near=4, landmarks=2, queries=4, shortest=0)
     q, k = torch.zeros(1, 1, TOKENS, 8), torch.zeros(1, 1, TOKENS, 8)
     for block in range(TOKENS // settings.block):
         k[0, 0, block * settings.block + block % settings.block, block] = 1

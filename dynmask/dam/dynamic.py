@@ -33,11 +33,11 @@ class Dynamic:
 
     .. math:: r_J = \operatorname{mean}_{rows, heads} \sum_{j \in J} (P_{ij} - A_{iJ})^2
 
-    estimated for all rows from ``landmarks`` keys a block (`dynmask.dam.landmarks`), which stand
-    for it in the sum and in the softmax, beside the exact logits of what is near. A tile keeps the
-    blocks of largest ``r``, as few as leave ``sum of r <= (1 - coverage)^2`` to the others. So
-    0.985 leaves attention rows a root mean square distance of about 0.015 from the exact ones, as
-    far as landmarks tell.
+    estimated from ``queries`` rows a tile and ``landmarks`` keys a block, which stand for the
+    others (`dynmask.dam.landmarks`), beside the exact logits of what is near
+    (`dynmask.dam.dynamic_cost.block_costs`). A tile keeps the blocks of largest ``r``, as few as
+    leave ``sum of r <= (1 - coverage)^2`` to the others. So 0.985 leaves attention rows a root mean
+    square distance of about 0.015 from the exact ones, as far as landmarks tell.
 
     Positions count from the sequence's own first token. A tile's rows choose together: which blocks
     a row sees one by one may depend on later rows of its tile (never on later tiles), and on
@@ -48,8 +48,10 @@ class Dynamic:
         tile: Query rows that share one choice.
         block: Keys of a block.
         near: Keys before the tile's first row that are always seen one by one.
-        landmarks: Keys that stand for a block when blocks are chosen; with ``block`` of them the
-            costs are exact.
+        landmarks: Keys that stand for a block when blocks are chosen. On a GPU powers of two are
+            quick.
+        queries: Rows that stand for a tile when its blocks are chosen, of all query heads of a kv
+            head together.
         few: Calls of so many rows or fewer run dense, decode included.
         shortest: Calls with fewer keys than this run dense.
 

@@ -123,3 +123,32 @@ def test_first_page():
     right = sum(round(row["score"] * row["n"]) for row in asked)
     assert f"{right} of {sum(row['n'] for row in asked)} needles at 8K with" in FIRST
     assert all(f"with {row['density']:.2f} of the pairs" in FIRST for row in asked)
+
+
+@pytest.mark.parametrize("cell", cells("dynamic_gpu"), ids=lambda c: f"{c['part']}-{c['length']}")
+def test_dynamic_masks_on_a_gpu(cell):
+    page = (ROOT / "docs/results/dynamic.md").read_text(encoding="utf-8")
+    times = {name: t["median"] for name, t in cell["times"].items()}
+    if cell["part"] != "op":
+        row = " | ".join(f"{times[name]:.3f} s" for name in ("cudnn", "flash", "dynamic"))
+        assert f"| time to the first token | {row} |" in page
+        return
+    low, middle, high = (f"{cell['speedup'][part]:.2f}" for part in ("low", "median", "high"))
+    row = [
+        f"{cell['length']:,}",
+        f"{cell['density']:.3f}",
+        *(f"{times[name] * 1e3:.2f}" for name in ("cudnn", "flash", "dynamic")),
+        f"{middle}x [{low}, {high}]",
+        f"{cell['selection']['median'] * 1e3:.2f}",
+        f"{cell['peak'] / cell['peak_flash']:.1f}",
+    ]
+    assert f"| {' | '.join(row)} |" in page
+
+
+@pytest.mark.parametrize("cell", cells("parallel"), ids=lambda c: c.get("sharing", c["part"]))
+def test_two_gpus(cell):
+    page = (ROOT / "docs/guide/parallel.md").read_text(encoding="utf-8")
+    digits = 3 if cell["part"] == "prefill" else 4
+    one, two = (f"{cell[who]['median']:.{digits}f} s" for who in ("alone", "together"))
+    low, middle, high = (f"{100 * cell['efficiency'][x]:.1f}" for x in ("low", "median", "high"))
+    assert f"| {one} | {two} | {middle} % [{low}, {high}] |" in page
