@@ -16,7 +16,8 @@ test: $(INSTALLED)
 
 # The tests of the GPU kernels, by a python that has torch with CUDA and pytest: nothing is set up.
 test-gpu:
-	$(PYTHON) -m pytest -q tests/masks/test_*triton*.py tests/ops/test_*triton*.py $(PYTEST)
+	$(PYTHON) -m pytest -q tests/masks/test_*triton*.py tests/ops/test_*triton*.py \
+	  tests/dam/test_*kernel*.py $(PYTEST)
 
 check: $(INSTALLED) docs
 	$(BIN)/ruff check .

@@ -122,10 +122,9 @@ def representatives(
     if before or behind:
         ends = q[:, :, :1].expand(-1, -1, before, -1), q[:, :, -1:].expand(-1, -1, behind, -1)
         q = torch.cat([ends[0], q, ends[1]], 2)
-    q = q.view(batch, groups, ratio, tiles, tile, dim)
-    some = min(settings.queries, ratio * tile)
-    find = by_kernels(q, "landmarks") or landmarks
-    found, places = find(q.transpose(2, 3).reshape(batch, groups, tiles, -1, dim), some)
+    of_tiles = q.view(batch, groups, ratio, tiles, tile, dim).transpose(2, 3)
+    find = by_kernels(of_tiles, "landmarks") or landmarks
+    found, places = find(of_tiles, min(settings.queries, ratio * tile))
     row = torch.arange(begin, begin + tiles * tile, device=q.device).clamp(first, first + n - 1)
     row = row.view(tiles, tile)
     at = row.repeat(1, ratio).expand(batch, groups, -1, -1).gather(-1, places)

@@ -17,7 +17,8 @@ def landmarks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     their counts (1 each, and ``block - count + 1`` for the mean) landmarks have the block's mean.
 
     Args:
-        x: ``[B, G, n, block, D]``, keys or queries in ``n`` blocks.
+        x: ``[B, G, n, block, D]``, keys or queries in ``n`` blocks, or ``[B, G, n, R, tile, D]``,
+            the block's axis in two.
         count: Landmarks of a block, 1 to ``block``.
 
     Returns:
@@ -26,6 +27,7 @@ def landmarks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Source: farthest-point sampling, T. F. Gonzalez, Theoretical Computer Science 38 (1985).
     """
+    x = x if x.dim() == 5 else x.flatten(3, 4)
     block, dim = x.shape[3:]
     wide = x.to(accumulation_dtype(x.dtype))
     total = wide.sum(3)

@@ -55,6 +55,18 @@ def test_landmarks(dtype, block, dim, count):
     check_landmarks(x[:, :, 2 : 2 + 3 * block].unflatten(2, (3, block)), count)
 
 
+@pytest.mark.parametrize("count", [1, 9])
+def test_landmarks_of_tiles_of_several_heads(count):
+    # Queries as they lie, [B, G, R, T, tile, D]: the rows of a tile in one piece for each head.
+    (lying,) = place(torch.randn(2, 3, 4, 5, 6, 16))
+    x = lying.transpose(2, 3)
+    marks, places = landmarks.landmarks(x, count)
+    expected, at = landmarks.landmarks(x.flatten(3, 4), count)
+    assert marks.equal(expected)
+    assert places.equal(at)
+    assert torch_landmarks.landmarks(x.double(), count)[1].equal(places)
+
+
 @pytest.mark.parametrize("count", [4, 16])
 def test_equally_far_vectors_are_taken_from_the_first_on(count):
     torch.manual_seed(0)

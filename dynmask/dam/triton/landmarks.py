@@ -15,22 +15,24 @@ _WARP = 2048
 def landmarks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the landmarks of each block, and where in it the vectors among them stand.
 
-    As `dynmask.dam.landmarks.landmarks`, except for the order of the axes, which is that of
-    `dynmask.dam.dynamic_keys.Keys`. Sums and distances are float32, and a distance is the sum of
-    squared differences, 0 between equal vectors. Each block is read once and stays in registers:
+    As `dynmask.dam.landmarks.landmarks`. Sums and distances are float32, and a distance is the sum
+    of squared differences, 0 between equal vectors. Each block is read once and stays in registers:
     meant for blocks of up to 65536 cells.
 
     Args:
-        x: ``[B, G, n, block, D]`` float16, bfloat16 or float32, ``n`` blocks of keys or queries;
-            copied if the last stride is not 1.
+        x: ``[B, G, n, block, D]`` float16, bfloat16 or float32, ``n`` blocks of keys or queries, or
+            ``[B, G, n, R, tile, D]`` with the block's axis in two; copied if the last stride is
+            not 1.
         count: Landmarks of a block, 1 to ``block``.
 
     Returns:
         ``[B, G, count, n, D]`` in x's dtype, contiguous, the mean of the vectors not taken last;
         and ``[B, G, n, count - 1]`` int64, the places of the others in their block.
     """
-    x = x if x.stride(4) == 1 else x.contiguous()
-    batch, groups, n, block, dim = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = x if x.dim() == 6 else x.unsqueeze(3)
+    batch, groups, n, outer, inner, dim = x.shape
+    block = outer * inner
     marks = x.new_empty(batch, groups, count, n, dim)
     places = torch.empty(batch, groups, n, count - 1, dtype=torch.int64, device=x.device)
     block_j, block_d = triton.next_power_of_2(block), triton.next_power_of_2(dim)
@@ -40,10 +42,11 @@ def landmarks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
                 x,
                 marks,
                 places,
-                *x.stride()[:4],
+                *x.stride()[:5],
                 n,
                 count,
                 block,
+                inner,
                 D=dim,
                 BLOCK_J=block_j,
                 BLOCK_D=block_d,
@@ -60,10 +63,12 @@ def _landmark_kernel(
     s_b,
     s_g,
     s_n,
+    s_r,
     s_j,
     n,
     count,
     block,
+    inner,
     D: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -80,7 +85,7 @@ def _landmark_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_x = tl.load(
-        p_x + o_j[:, None] * s_j + o_d[None, :],
+        p_x + ((o_j // inner).to(tl.int64) * s_r + (o_j % inner) * s_j)[:, None] + o_d[None, :],
         mask=(o_j < block)[:, None] & m_d[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -92,7 +97,8 @@ def _landmark_kernel(
         place = tl.minimum(tl.argmax(b_distance, 0), block - 1)
         tl.store(p_places + i, place)
         # From the cache: a sum over the block in registers would take longer.
-        b_taken = tl.load(p_x + place * s_j + o_d, mask=m_d, other=0.0)
+        p_taken = p_x + (place // inner).to(tl.int64) * s_r + (place % inner) * s_j
+        b_taken = tl.load(p_taken + o_d, mask=m_d, other=0.0)
         tl.store(p_marks + o_d, b_taken, mask=m_d)
         p_marks += n.to(tl.int64) * D
         b_away = b_x - b_taken.to(tl.float32)[None, :]
