@@ -271,7 +271,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def write(document: dict[str, Any], out: Path | None) -> None:
-    # After each tool: a machine may be taken away.
+    # After each tool: what has run is kept.
     if out is not None:
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

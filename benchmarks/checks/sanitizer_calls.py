@@ -1,6 +1,7 @@
 """Call every Triton kernel once or twice at small odd sizes; what `sanitizer.py` watches.
 
-One line for each call that ended; its results are held to the reference backend on the CPU.
+One line for each call that ended; its results are held to the reference backend on the CPU, those
+of dynamic masks to be finite.
 ``--launched FILE`` writes which kernels were launched. Without a GPU: TRITON_INTERPRET=1.
 """
 
@@ -25,7 +26,7 @@ from dynmask.masks.lifetimes import _expiry_of_top
 from dynmask.masks.triton.select import Level, Plan, expiry_of_top, run_plan
 from dynmask.ops import BoundedKeys, attention
 from dynmask.ops.bounded_rules import insert_by_torch
-from dynmask.ops.triton import blocks_backward, stripes, stripes_backward
+from dynmask.ops.triton import blocks_backward, stripes_backward
 from dynmask.ops.triton import insert as insert_module
 
 GPU = torch.cuda.is_available()
@@ -71,17 +72,15 @@ def attend(
         given = [random(BATCH, HEADS, q_len, dim, seed=1, dtype=dtype)]
         given += [random(BATCH, GROUPS, length, dim, seed=s, dtype=dtype) for s in (2, 3)]
         bias = [random(BATCH, GROUPS, length, seed=4)] if biased else []
-        small = isinstance(mask, Stripes) and dim <= 64 and dtype != torch.float32
-        backward = gradients and not small  # Refused there: known to be wrong.
         results = []
         for device, impl in ((DEVICE, "triton"), ("cpu", "reference")):
             kind = {"dtype": torch.float64} if impl == "reference" else {}
-            inputs = [t.clone().to(device, **kind).requires_grad_(backward) for t in given + bias]
+            inputs = [t.clone().to(device, **kind).requires_grad_(gradients) for t in given + bias]
             options = {"bias": inputs[3]} if biased else {}
             out = attention(*inputs[:3], mask.to(device), impl=impl, **options)
-            if backward:
+            if gradients:
                 out.backward(random(*out.shape, seed=5).to(out))
-            grads = [t.grad for t in inputs] if backward else []
+            grads = [t.grad for t in inputs] if gradients else []
             results.append([t.detach().cpu() for t in (out, *grads)])
         for found, wanted in zip(*results, strict=True):
             same(found, wanted, close=CLOSE[dtype])
@@ -184,15 +183,6 @@ def stripes_forward_backward() -> None:
     attend(some_stripes() & a_padding(), 77, gradients=True, biased=False)
 
 
-def stripes_backward_refused() -> None:
-    """What `attention` refuses, half precision with head size 64: run, and not held to be right."""
-    q = random(BATCH, HEADS, LENGTH, 64, seed=1, dtype=torch.float16)
-    k, v = (random(BATCH, GROUPS, LENGTH, 64, seed=s, dtype=torch.float16) for s in (2, 3))
-    inputs = [t.to(DEVICE).requires_grad_() for t in (q, k, v)]
-    out, _ = stripes.attend(*inputs, some_stripes().to(DEVICE), None, 0.125)
-    out.backward(torch.ones_like(out))
-
-
 def stripes_decode() -> None:
     attend(some_stripes(), 1, gradients=False)
     attend(some_stripes(), 1, gradients=False, length=613)
@@ -220,6 +210,7 @@ def dynamic() -> None:
             out, ran = dynamic_attention(q, k, v, settings, impl="triton")
         assert ran.impl == "triton"
         assert int(ran.shown) < ran.causal
+        # Which blocks are kept may depend on rounding.
         assert out.isfinite().all()
 
 
@@ -248,7 +239,6 @@ CALLS = {
         stripes_decode,
         blocks_forward_backward,
         dynamic,
-        *((stripes_backward_refused,) if GPU else ()),
     )
 }
 

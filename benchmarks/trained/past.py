@@ -99,7 +99,9 @@ def work(runner: Runner, scaling: list[Row], texts: list[str]) -> None:
     cells = []
     for source in found:
         cell = continued(source, grid, runner.folder, runner.runs, runner.args.set)
-        if not runner.wanted(part=cell.part, method=cell.method, seed=cell.recipe.seed):
+        if not runner.wanted(
+            part=cell.part, method=cell.method, lr=source["lr"], seed=cell.recipe.seed
+        ):
             continue
         if not (runner.runs / source["run"] / "model").is_dir():
             print(f"{source['part']} {source['method']}: no model in {runner.runs}; left out")
@@ -114,6 +116,7 @@ def work(runner: Runner, scaling: list[Row], texts: list[str]) -> None:
                 if runner.has(key) or not runner.wanted(
                     part=cell.part,
                     method=cell.method,
+                    lr=source["lr"],
                     seed=cell.recipe.seed,
                     task=task,
                     length=length,

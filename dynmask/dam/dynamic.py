@@ -15,6 +15,7 @@ from dynmask.dam.dynamic_keys import Keys
 from dynmask.dam.dynamic_select import Choice, select
 from dynmask.dam.kernels import by_kernels
 from dynmask.ops import attention, choose
+from dynmask.ops.arguments import check
 
 # Logits alive at once on a CPU, what fits its cache; elsewhere listed keys, few launches.
 _CPU_CELLS = 1 << 23
@@ -139,13 +140,9 @@ def dynamic_attention(
     Raises:
         ValueError: The shapes do not fit together, or the backend cannot run the call.
     """
-    if q.dim() != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
-        raise ValueError(
-            f"need q [B, H, Q, D], k and v [B, G, K, D] with H % G == 0 and Q <= K, got "
-            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        )
-    if q.shape[2] == 0:
-        raise ValueError("q has no rows: leave the call out")
+    check(q, k, v, None, None)
+    if q.numel() == 0:
+        raise ValueError(f"q has no rows, {list(q.shape)}: leave the call out")
     clock = nullcontext() if clock is None else clock
     scale = q.shape[3] ** -0.5 if scale is None else scale
     gathered = runs_gathered(q, k, v, impl)
@@ -193,13 +190,17 @@ def _parts(q: Tensor, k: Tensor, settings: Dynamic) -> Iterator[tuple[int, int]]
     """Cut the rows into parts that end where tiles end; yield ``(first, last)`` positions."""
     batch, groups, k_len = k.shape[:3]
     q_len, tile = q.shape[2], settings.tile
-    of_tile = settings.queries * (
-        k_len // settings.block * settings.landmarks + settings.near + settings.block + tile
-    )
-    cells = _CPU_CELLS
+    of_tile, cells = 0, _CPU_CELLS
     if q.device.type != "cpu":
-        # The list of a tile's keys, in kernels that do not keep logits.
-        of_tile, cells = max(of_tile // settings.queries, k_len), _CELLS
+        of_tile, cells = k_len, _CELLS
+    of_rows = q.shape[1] // groups * tile
+    marks, queries = settings.landmarks, min(settings.queries, of_rows)
+    # Kernels keep neither logits nor products.
+    if by_kernels(q, "block_costs", marks=marks, queries=queries) is None:
+        near = settings.near + settings.block + tile
+        of_tile = max(of_tile, queries * (k_len // settings.block * marks + near))
+    if by_kernels(q, "landmarks", cells=of_rows * q.shape[3]) is None:
+        of_tile = max(of_tile, of_rows**2)
     rows = cells // (batch * groups * of_tile) * tile
     first = k_len - q_len
     while first < k_len:

@@ -43,7 +43,8 @@ def summary_costs(
     rows, position = representatives(q, settings, groups, len(far), first)
     last = first + q.shape[2]
     every = settings.tile * q.shape[1] // groups
-    run = by_kernels(q, "block_costs", marks=settings.landmarks) or block_costs
+    some = rows.shape[3]
+    run = by_kernels(q, "block_costs", marks=settings.landmarks, queries=some) or block_costs
     return run(rows, position, keys, far, count=count, last=last, every=every, scale=scale)
 
 
@@ -66,7 +67,7 @@ def block_costs(
     over the block's landmarks ``l``, each for ``n_l`` keys, and the representatives ``s``, each for
     ``m_s`` of ``M`` rows. ``Z`` adds up the keys that are not far, the first `FIRST` landmarks of
     each far block, and its other keys as so many times their mean: by Jensen's inequality no more
-    than the softmax has, so that no cost is taken for too little.
+    than the softmax has, so that it makes no cost too small. What landmarks leave out may.
 
     Args:
         rows: ``[B, G, T, S, D]``, the last for ``every - S + 1`` rows.
@@ -123,7 +124,7 @@ def representatives(
         ends = q[:, :, :1].expand(-1, -1, before, -1), q[:, :, -1:].expand(-1, -1, behind, -1)
         q = torch.cat([ends[0], q, ends[1]], 2)
     of_tiles = q.view(batch, groups, ratio, tiles, tile, dim).transpose(2, 3)
-    find = by_kernels(of_tiles, "landmarks") or landmarks
+    find = by_kernels(q, "landmarks", cells=ratio * tile * dim) or landmarks
     found, places = find(of_tiles, min(settings.queries, ratio * tile))
     row = torch.arange(begin, begin + tiles * tile, device=q.device).clamp(first, first + n - 1)
     row = row.view(tiles, tile)

@@ -47,7 +47,7 @@ class Keys:
         whole = k[:, :, : count * block].unflatten(2, (count, block))
         front = -(-count // tile) * tile
 
-        find = by_kernels(whole, "landmarks") or landmarks
+        find = by_kernels(k, "landmarks", cells=block * k.shape[3]) or landmarks
 
         def with_summaries(source: Tensor) -> Tensor:
             whole = source[:, :, : count * block].unflatten(2, (count, block))

@@ -115,7 +115,7 @@ def select(q: Tensor, keys: Keys, settings: Dynamic, *, first: int, scale: float
         scale: Factor of the logits.
 
     Returns:
-        The choice, on q's device, made without waiting for it.
+        The choice, on q's device, by kernels made without waiting for it.
     """
     batch, groups = keys.k.shape[:2]
     last = first + q.shape[2]

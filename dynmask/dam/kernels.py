@@ -20,26 +20,28 @@ _MODULES = {
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_DIM = 256
-# Of a block, whose landmarks a program looks for in registers.
+# Of a block whose landmarks a program looks for in registers.
 _MOST_CELLS = 1 << 16
+_MOST_MARKS = 64
 
 
-def by_kernels(x: Tensor, name: str, *, marks: int = 1) -> Callable[..., Any] | None:
+def by_kernels(
+    x: Tensor, name: str, *, cells: int = 0, marks: int = 1, queries: int = 1
+) -> Callable[..., Any] | None:
     """Return the kernel's function of this name, or None where torch must do.
 
     Args:
-        x: What it would run on: CUDA tensors of 16 or 32 bits, heads of up to 256; for "landmarks"
-            blocks of up to 65,536 numbers.
+        x: What it would run on: CUDA tensors of 16 or 32 bits, heads of up to 256.
         name: "landmarks", "block_costs", "keep", "choice_lists" or "attend_listed".
-        marks: Landmarks of a block; "block_costs" takes powers of two up to 128.
+        cells: Numbers of a block; "landmarks" takes up to 65,536.
+        marks: Landmarks of a block; "block_costs" takes powers of two up to 64.
+        queries: Queries of a tile; "block_costs" takes up to 64.
     """
     if not (x.is_cuda and x.dtype in _DTYPES and _has_triton()):
         return None
     if name != "keep" and x.shape[-1] > _MOST_DIM:
         return None
-    if name == "landmarks" and x.shape[3:].numel() > _MOST_CELLS:
-        return None
-    if marks & (marks - 1) or marks > 128:
+    if cells > _MOST_CELLS or marks & (marks - 1) or max(marks, queries) > _MOST_MARKS:
         return None
     module = importlib.import_module(_MODULES[name])
     found: Callable[..., Any] = getattr(module, name)

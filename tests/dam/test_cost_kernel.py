@@ -68,7 +68,7 @@ def test_costs(case, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("heads", [4, 16])
 def test_long(dim, dtype, heads):
     check(

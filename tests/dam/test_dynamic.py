@@ -374,10 +374,18 @@ def test_settings_out_of_range(wrong):
         ((1, 4, 9, 8), (1, 2, 8, 8)),
         ((1, 4, 0, 8), (1, 2, 8, 8)),
         ((4, 9, 8), (2, 9, 8)),
+        ((1, 4, 9, 16), (1, 2, 9, 8)),
+        ((0, 4, 9, 8), (0, 2, 9, 8)),
     ],
-    ids=["heads", "more-rows-than-keys", "no-rows", "no-batch"],
+    ids=["heads", "more-rows-than-keys", "no-rows", "no-batch", "dims", "empty-batch"],
 )
 def test_shapes_that_do_not_fit(shapes):
     q, k = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=r"need q|no rows"):
+    with pytest.raises(ValueError, match=r"heads must|keys:|no rows|must be \[batch|must agree"):
         dynamic_attention(q, k, k, SMALL)
+
+
+def test_dtypes_that_do_not_fit():
+    q, k, v = draw(40, 40)
+    with pytest.raises(ValueError, match=r"v is torch\.float32"):
+        dynamic_attention(q, k, v.float(), SMALL)

@@ -17,8 +17,6 @@ from dynmask.ops.triton.common import LOG2E, dot_precision, padded_dim
 if TYPE_CHECKING:
     from dynmask.dam.dynamic_keys import Keys
 
-# Columns of one product.
-_COLUMNS = 128
 # Blocks that one program walks over.
 _CHUNK = 128
 
@@ -58,12 +56,8 @@ def block_costs(
     cost = torch.empty(batch, groups, tiles, count, dtype=torch.float32, device=rows.device)
     total = torch.empty(batch, groups, tiles, some, dtype=torch.float32, device=rows.device)
     padded = triton.next_power_of_2(some)
-    # What a program holds of logits fits its registers.
-    most = 128 if rows.dtype != torch.float32 else 32
-    columns = max(_COLUMNS if rows.dtype != torch.float32 else 32, marks)
-    of_tiles = max(1, most // padded)
-    while of_tiles * padded < 16:
-        of_tiles *= 2
+    most, columns, near_columns, stages = _sizes(rows)
+    of_tiles = max(1, most // padded, 16 // padded)
     constants = {
         "S": some,
         "D": dim,
@@ -96,8 +90,8 @@ def block_costs(
             keys.block,
             **constants,
             FEW=few,
-            BLOCK_N=64 if rows.dtype != torch.float32 else 32,
-            num_stages=2,
+            BLOCK_N=near_columns,
+            num_stages=min(stages, 2),
         )
         _cost_kernel[(programs, triton.cdiv(count, _CHUNK), batch * groups)](
             rows,
@@ -115,11 +109,25 @@ def block_costs(
             every,
             **constants,
             MARKS=marks,
-            COLUMNS=columns,
+            COLUMNS=max(columns, marks),
             CHUNK=_CHUNK,
-            num_stages=3,
+            num_stages=stages,
         )
     return cost
+
+
+def _sizes(rows: Tensor) -> tuple[int, int, int, int]:
+    """Return rows, landmarks, near keys and pipeline stages of a program.
+
+    Logits fit the registers, and queries and keys the 99 KiB of shared memory that any GPU since
+    2018 but Turing has, at up to 64 landmarks a block.
+    """
+    dim = padded_dim(rows.shape[-1])
+    if rows.dtype == torch.float32:
+        return (32, 32, 32, 2) if dim <= 128 else (16, 16, 16, 1)
+    if dim <= 64:
+        return 128, 128, 64, 3
+    return (128, 128, 32, 2) if dim <= 128 else (64, 64, 16, 1)
 
 
 @triton.jit(do_not_specialize=["T", "summaries", "last"])
