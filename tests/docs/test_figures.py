@@ -152,3 +152,31 @@ def test_two_gpus(cell):
     one, two = (f"{cell[who]['median']:.{digits}f} s" for who in ("alone", "together"))
     low, middle, high = (f"{100 * cell['efficiency'][x]:.1f}" for x in ("low", "median", "high"))
     assert f"| {one} | {two} | {middle} % [{low}, {high}] |" in page
+
+
+def compared():
+    """Rows of the README's table of two more models, and the records that they are made of."""
+    lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["checkpoint"] != "embedded"]
+    return {(r["task"]["name"], r["checkpoint"], r["method"]): r for r in rows if "score" in r}
+
+
+@pytest.mark.parametrize("task", sorted({task for task, _, _ in compared()}))
+def test_two_more_models(task):
+    table = README[README.index("| | 28M, full |") :].splitlines()
+    (line,) = [line for line in table if line.startswith(f"| {task} |")]
+    values = [value.strip() for value in line.strip("|").split("|")][1:]
+    for name, full, dynamic in (("28M", *values[:2]), ("mha", *values[2:])):
+        if not full:
+            assert (task, name, "dynamic") not in compared()
+            continue
+        one, two = (compared()[task, name, method] for method in ("full", "dynamic"))
+        if "perplexity" in task:
+            more = two["score"] / one["score"] - 1
+            said = f"{one['score']:.2f}", f"{two['score']:.2f} ({100 * more:+.1f} %)"
+        else:
+            said = f"{100 * one['score']:.1f} %", f"{100 * two['score']:.1f} %"
+            assert one["n"] == two["n"] == 500
+            assert one["score"] - two["score"] <= 0.006 + 1e-9
+        assert full == said[0]
+        assert dynamic == f"{said[1]} at {two['density']['prefill']:.2f}"
