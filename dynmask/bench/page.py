@@ -51,7 +51,8 @@ def build_page(documents: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         lines += ["", *table]
         if notes:
             lines += ["", *notes]
-        plots = {"time": times_against_length(document), "rate": rates(document)}
+        several = len({cell["length"] for cell in document["cells"]}) > 1
+        plots = {"time": times_against_length(document), "rate": rates(document)} if several else {}
         for kind, picture in plots.items():
             if picture is not None:
                 files[f"{name}-{kind}.svg"] = picture
@@ -188,7 +189,7 @@ def _table2(document: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             _ratio(cell.get("ratio_step")),
             _ratio(cell.get("ratio_graph")),
             cell.get("fastest_step") or "",
-            _ratio(cell.get("peer_step")) or cell["failed"].get("peer", "")[:40],
+            _ratio(cell.get("peer_step")) or _why_not(cell["failed"].get("peer", "")),
             f"{paper}x" if paper else "",
         ]
 
@@ -207,6 +208,13 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], tuple[list[str], list[str]]]] =
     "backward": _backward,
     "table2": _table2,
 }
+
+
+def _why_not(error: str) -> str:
+    """Say in a word or two why the peer was not timed."""
+    if error.startswith("ModuleNotFoundError"):
+        return "not installed"
+    return "wrong result" if error.startswith("GateError") else error[:40]
 
 
 def _table(
