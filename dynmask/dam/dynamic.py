@@ -15,7 +15,7 @@ from dynmask.dam.dynamic_keys import Keys
 from dynmask.dam.dynamic_select import Choice, select
 from dynmask.dam.kernels import by_kernels
 from dynmask.ops import attention, choose
-from dynmask.ops.arguments import check
+from dynmask.ops.arguments import check, wants_gradients
 
 # Logits alive at once on a CPU, what fits its cache; elsewhere listed keys, few launches.
 _CPU_CELLS = 1 << 23
@@ -157,7 +157,8 @@ def dynamic_attention(
         part = q[:, :, first - begin : last - begin]
         with clock, torch.no_grad():
             choice = select(part, keys, settings, first=first, scale=scale)
-            shown += choice.shown_pairs(first, last) * (q.shape[1] // k.shape[1])
+            seen = choice.shown_pairs(first, last)
+            shown += seen * (q.shape[1] // k.shape[1])
         if gathered:
             out = attend_gathered(part, keys, choice, first=first, scale=scale)
             pairs, ran = choice.gathered_pairs(first, last), "cpu"
@@ -165,7 +166,7 @@ def dynamic_attention(
             out, ran = _attend(part, keys, choice, last, scale, impl, clock)
             # Dense kernels evaluate every pair, whatever the mask shows.
             every = k.shape[0] * k.shape[1] * (last * (last + 1) - first * (first + 1)) // 2
-            pairs = choice.shown_pairs(first, last) if ran == "triton" else torch.tensor(every)
+            pairs = seen if ran == "triton" else torch.tensor(every)
         computed += pairs * (q.shape[1] // k.shape[1])
         outs.append(out)
     causal = q.shape[0] * q.shape[1] * (k_len * (k_len + 1) - begin * (begin + 1)) // 2
@@ -231,8 +232,3 @@ def _attend(
     if impl == "auto":
         impl = choose(q, k, v, mask, bias=bias)
     return attention(q, k, v, mask, bias=bias, scale=scale, impl=impl), impl
-
-
-def wants_gradients(*inputs: Tensor) -> bool:
-    """Tell whether a backward pass may follow a call with these inputs."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dynmask.masks.lifetimes import HAS_TRITON
 
 _MODULES = {
     "landmarks": "dynmask.dam.triton.landmarks",
@@ -37,7 +37,7 @@ def by_kernels(
         marks: Landmarks of a block; "block_costs" takes powers of two up to 64.
         queries: Queries of a tile; "block_costs" takes up to 64.
     """
-    if not (x.is_cuda and x.dtype in _DTYPES and _has_triton()):
+    if not (x.is_cuda and x.dtype in _DTYPES and HAS_TRITON):
         return None
     if name != "keep" and x.shape[-1] > _MOST_DIM:
         return None
@@ -46,8 +46,3 @@ def by_kernels(
     module = importlib.import_module(_MODULES[name])
     found: Callable[..., Any] = getattr(module, name)
     return found
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

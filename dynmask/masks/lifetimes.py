@@ -17,7 +17,7 @@ NEVER = torch.iinfo(torch.int32).max
 """Expiry of a key that no row evicts."""
 
 # Looked up once: tracing cannot.
-_HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +354,7 @@ def _expiry_of_top(score: Tensor, keep: int, segment: Tensor | None, offset: int
     Returns:
         ``[B, G, K]`` int32; right up to the segment's end, where the caller cuts it.
     """
-    if score.is_cuda and _HAS_TRITON:
+    if score.is_cuda and HAS_TRITON:
         from dynmask.masks.triton.select import expiry_of_top
 
         return expiry_of_top(score, keep, segment, offset)

@@ -95,3 +95,8 @@ def _check_padding(q: Tensor, k: Tensor, padding: Padding) -> None:
             f"mask.padding ends at slot {end} but k has {k.shape[2]} slots: build the "
             "padding from this call's attention mask"
         )
+
+
+def wants_gradients(*inputs: Tensor | None) -> bool:
+    """Tell whether a backward pass may follow a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynmask.masks import Lifetimes
-from dynmask.masks.lifetimes import NEVER
+from dynmask.masks.lifetimes import HAS_TRITON, NEVER
+from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.bounded_rules import (
     admitted,
     check_present,
@@ -252,7 +251,7 @@ class BoundedKeys:
             or k.device != self.k.device
         ):
             self._refuse(k, v, score)
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or score.requires_grad):
+        if wants_gradients(k, v, score):
             self._cut = True
 
     def _refuse(self, k: Tensor, *others: Tensor, one: bool = False) -> None:
@@ -319,13 +318,8 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _insert_function(device: torch.device) -> Callable[..., None]:
-    if device.type == "cuda" and _has_triton():
+    if device.type == "cuda" and HAS_TRITON:
         from dynmask.ops.triton.insert import insert
 
         return insert
     return insert_by_torch
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -20,6 +20,7 @@ from torch import Tensor
 from dynmask.masks import Lifetimes, Mask, Stripes
 from dynmask.masks.schedule import Sequence, head_schedule, sequences
 from dynmask.ops import gather, lifetimes_cpu, reference, sdpa
+from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.stripes_head import Keys, attend_head
 
 # The schedule must promise this much less than a dense kernel before `auto` takes it: its many
@@ -48,8 +49,7 @@ def supports(
         return 'without a mask there is nothing to skip; impl="sdpa" runs plain causal attention'
     if not isinstance(mask, (Stripes, Lifetimes)):
         return f"the cpu backend has no schedule for {type(mask).__name__}"
-    inputs = [t for t in (q, k, v, bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if wants_gradients(q, k, v, bias):
         return "the cpu backend has no backward pass; wrap the call in torch.no_grad()"
     if torch.compiler.is_compiling():
         return "the cpu backend plans in Python, which torch.compile does not trace"

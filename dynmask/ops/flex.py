@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynmask.masks import Mask
+from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.flex_blocks import block_mask
 from dynmask.ops.reference import accumulation_dtype
 
@@ -39,8 +40,7 @@ def supports(
     if q.device.type not in ("cuda", "cpu"):
         return f"the flex backend needs CUDA or CPU tensors, these are on {q.device}"
     if q.device.type == "cpu":
-        inputs = [t for t in (q, k, v, bias) if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        if wants_gradients(q, k, v, bias):
             return "FlexAttention has no backward pass on the CPU; wrap the call in torch.no_grad()"
         return None
     if q.dtype == torch.float64:

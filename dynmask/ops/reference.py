@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dynmask.masks import Mask
+from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.rows import causal_rows, per_query_head
 
 # Logits alive at once; 2^24 float32 are 64 MiB.
@@ -57,9 +58,8 @@ def attend(
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
     rows = max(1, _CELLS // (batch * heads * k_len))
-    inputs = [t for t in (q, k, v, bias) if t is not None]
     # Without this the backward pass would keep every block's probabilities: N x N after all.
-    recompute = rows < q_len and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    recompute = rows < q_len and wants_gradients(q, k, v, bias)
     blocks = []
     for top in range(0, q_len, rows):
         first = k_len - q_len + top

@@ -59,8 +59,17 @@ def check(
         {"q_len": 75, "k_len": 75, "block": 4, "near": 0, "marks": 1, "queries": 1},
         {"q_len": 65, "k_len": 130, "heads": 3, "groups": 3, "marks": 8, "queries": 100},
         {"q_len": 90, "k_len": 90, "heads": 6, "groups": 1, "tile": 8, "queries": 5, "sharp": 40.0},
+        {
+            "q_len": 90,
+            "k_len": 150,
+            "heads": 6,
+            "groups": 1,
+            "block": 16,
+            "marks": 8,
+            "sharp": 60.0,
+        },
     ],
-    ids=["square", "chunk", "row", "means", "every", "sharp"],
+    ids=["square", "chunk", "row", "means", "every", "sharp", "beyond-float32"],
 )
 def test_costs(case, dtype):
     check(**case, dtype=dtype)

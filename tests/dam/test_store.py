@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plan_files import forge, sign, tensors_file
 from safetensors.torch import load_file, save
 
 from dynmask.dam import MaskPlan, check_writable, store
@@ -17,27 +18,8 @@ def folder(plan, tmp_path):
     return tmp_path / "plan"
 
 
-def tensors_file(folder):
-    (path,) = folder.glob("tensors-*.safetensors")
-    return path
-
-
 def body_of(folder):
     return json.loads((folder / "plan.json").read_text())
-
-
-def sign(body):
-    """Hash as `store` does, written anew: sorted keys, no spaces, without the hash itself."""
-    rest = {name: value for name, value in body.items() if name != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return body | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def forge(folder, change):
-    """Change the json as somebody would who also knows how to hash it."""
-    body = body_of(folder)
-    change(body)
-    (folder / "plan.json").write_text(json.dumps(sign(body)))
 
 
 def forge_tensors(folder, content):

@@ -10,6 +10,7 @@ import struct
 
 import pytest
 from dying import child, out_of_memory_at
+from plan_files import forge, tensors_file
 
 from dynmask.dam import MaskPlan, check_writable
 
@@ -20,25 +21,6 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def folder(plan, tmp_path):
     plan.save(tmp_path / "plan")
     return tmp_path / "plan"
-
-
-def tensors_file(folder):
-    (path,) = folder.glob("tensors-*.safetensors")
-    return path
-
-
-def signed(body):
-    """As a plan's json is signed: of the sorted text without spaces, without the hash itself."""
-    rest = {name: value for name, value in body.items() if name != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return body | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def forge(folder, change):
-    path = folder / "plan.json"
-    body = json.loads(path.read_text())
-    change(body)
-    path.write_text(json.dumps(signed(body)))
 
 
 def forge_tensors(folder, content):

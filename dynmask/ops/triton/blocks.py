@@ -12,9 +12,10 @@ from dynmask.masks.triton.block_lists import block_lists, immortal, list_tile
 from dynmask.masks.triton.block_tiles import block_tiles
 from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.masks.triton.schedule import TILE, TileLists
+from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.triton import operators
 from dynmask.ops.triton.blocks_backward import backward
-from dynmask.ops.triton.common import incoming, like_gradients, on_hopper, wants_gradients
+from dynmask.ops.triton.common import incoming, like_gradients, on_hopper
 from dynmask.ops.triton.decode import MOST_ROWS
 from dynmask.ops.triton.forward import forward
 

@@ -69,11 +69,6 @@ def dkdv_tiles(q: Tensor) -> tuple[int, int, int, int]:
     return 32, 64, 8, 2
 
 
-def wants_gradients(*inputs: Tensor | None) -> bool:
-    """Tell whether a backward pass may follow a call with these inputs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
 def incoming(
     out: Tensor, grad: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:

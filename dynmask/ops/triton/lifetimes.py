@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dynmask.masks import Lifetimes
 from dynmask.masks.triton.schedule import TILE, is_listed, list_shape
+from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.triton import operators
-from dynmask.ops.triton.common import wants_gradients
 from dynmask.ops.triton.decode import MOST_ROWS
 
 # Lists of more than this are made and used for a part of the rows at a time.

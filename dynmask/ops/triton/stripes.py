@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dynmask.masks import Stripes
 from dynmask.masks.triton.library import LIBRARY, fake, operator
+from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.triton import stripes_dkdv, stripes_dq
-from dynmask.ops.triton.common import incoming, like_gradients, wants_gradients
+from dynmask.ops.triton.common import incoming, like_gradients
 from dynmask.ops.triton.stripes_backward import backward
 from dynmask.ops.triton.stripes_decode import MOST_ROWS, decode
 from dynmask.ops.triton.stripes_forward import forward, tiles
