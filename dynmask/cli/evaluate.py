@@ -201,28 +201,33 @@ def _mode(arguments: argparse.Namespace) -> str:
         raise ValueError("--mode full runs without a plan; leave --plan out, or use --mode dense")
     if mode == "full" and getattr(arguments, "max_cache_tokens", None) is not None:
         raise ValueError("--max-cache-tokens is for accelerated models; add --mode dynamic")
+    if mode == "full" and getattr(arguments, "sparse_decode", False):
+        raise ValueError("--sparse-decode is for accelerated models; add --mode dynamic")
     if mode == "full" and arguments.coverage is not None:
         raise ValueError("--coverage is for dynamic masks and plans; add --mode dynamic")
     return str(mode)
 
 
 def _cache(arguments: argparse.Namespace, run: Run | None) -> Callable[[], Cache] | None:
-    """Return what makes a cache for each question; None where questions share a prompt."""
+    """Return what makes the caches; None for transformers' own."""
     cap = getattr(arguments, "max_cache_tokens", None)
     if cap is not None:
         assert run is not None
+        arguments.whole = True
         run.cache(cap)  # Says what is wrong with it before anything is computed.
         return lambda: run.cache(cap)
-    if getattr(arguments, "whole", False):
-        from transformers import DynamicCache
-
-        return DynamicCache
+    if getattr(arguments, "sparse_decode", False):
+        assert run is not None
+        return run.cache
     return None
 
 
 def _protocol(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return how prompts and questions met, as far as it was asked for."""
-    asked = {name: getattr(arguments, name, None) for name in ("whole", "max_cache_tokens")}
+    asked = {
+        name: getattr(arguments, name, None)
+        for name in ("whole", "sparse_decode", "max_cache_tokens")
+    }
     return {name: value for name, value in asked.items() if value}
 
 

@@ -43,6 +43,11 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "is read once and what it keeps does not know the questions",
     )
     parser.add_argument(
+        "--sparse-decode",
+        action="store_true",
+        help="decode from run.cache(): steps look at the blocks that they choose; with --mode",
+    )
+    parser.add_argument(
         "--max-cache-tokens",
         type=int,
         metavar="N",
@@ -66,6 +71,7 @@ def policy_of(arguments: argparse.Namespace) -> Policy | None:
         "--plan": arguments.plan,
         "--mode": arguments.mode,
         "--coverage": arguments.coverage,
+        "--sparse-decode": getattr(arguments, "sparse_decode", False) or None,
         "--max-cache-tokens": getattr(arguments, "max_cache_tokens", None),
     }
     beside = [name for name, value in given.items() if value is not None]

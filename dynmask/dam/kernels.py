@@ -17,6 +17,7 @@ _MODULES = {
     "keep": "dynmask.dam.triton.keep",
     "choice_lists": "dynmask.dam.triton.lists",
     "attend_listed": "dynmask.ops.triton.listed",
+    "quantized_stats": "dynmask.dam.triton.pages",
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_DIM = 256
@@ -32,10 +33,11 @@ def by_kernels(
 
     Args:
         x: What it would run on: CUDA tensors of 16 or 32 bits, heads of up to 256.
-        name: "landmarks", "block_costs", "keep", "choice_lists" or "attend_listed".
+        name: "landmarks", "block_costs", "keep", "choice_lists", "attend_listed" or
+            "quantized_stats".
         cells: Numbers of a block; "landmarks" takes up to 65,536.
         marks: Landmarks of a block; "block_costs" takes powers of two up to 64.
-        queries: Queries of a tile; "block_costs" takes up to 64.
+        queries: Queries of a tile or step; "block_costs" and "quantized_stats" take up to 64.
     """
     if not (x.is_cuda and x.dtype in _DTYPES and HAS_TRITON):
         return None

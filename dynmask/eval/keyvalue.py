@@ -129,6 +129,7 @@ def keyvalue(
     seed: int = 0,
     form: str = "uuid",
     cache: Callable[[], Cache] | None = None,
+    whole: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Accuracy of finding a key's value in a JSON object of pairs.
@@ -143,8 +144,9 @@ def keyvalue(
         seed: of keys, values and asked pairs.
         form: ``"uuid"`` (published), ``"digits"`` or ``"words"``; see `FORMS`. The output must hold
             the UUID; of numbers the first must be the value.
-        cache: makes a cache for each question, which is then read whole with its prompt: for
-            caches and methods that look at the question to decide what they keep.
+        cache: makes the caches, by default ones that every question can be cropped from.
+        whole: read each question with its prompt in one forward: for caches and methods that look
+            at the question to decide what they keep.
         progress: called after each question.
 
     Returns:
@@ -177,6 +179,7 @@ def keyvalue(
         stop=("\n",),
         title=f"key-value, {pairs} pairs",
         cache=cache,
+        whole=whole,
         progress=progress,
     )
     seconds = time.perf_counter() - start

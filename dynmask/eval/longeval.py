@@ -159,6 +159,7 @@ def longeval(
     form: str = "completion",
     cases: str | Path | None = None,
     cache: Callable[[], Cache] | None = None,
+    whole: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Accuracy of finding a line's number in a record of lines.
@@ -174,8 +175,9 @@ def longeval(
             ``"official"`` or ``"base"`` (the last integer in the output must match).
         cases: an official ``*_lines.jsonl`` file to read instead of generating records; one
             question a case.
-        cache: makes a cache for each question, which is then read whole with its prompt: for
-            caches and methods that look at the question to decide what they keep.
+        cache: makes the caches, by default ones that every question can be cropped from.
+        whole: read each question with its prompt in one forward: for caches and methods that look
+            at the question to decide what they keep.
         progress: called after each question.
 
     Returns:
@@ -206,6 +208,7 @@ def longeval(
         stop=rule.stop,
         title=f"LongEval {records[0].lines} lines",
         cache=cache,
+        whole=whole,
         progress=progress,
     )
     seconds = time.perf_counter() - start

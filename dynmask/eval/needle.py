@@ -158,6 +158,7 @@ def needle(
     seed: int = 0,
     form: str = "minference",
     cache: Callable[[], Cache] | None = None,
+    whole: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Accuracy of finding a number that is hidden in running text.
@@ -175,8 +176,9 @@ def needle(
             holds as many but is asked for fewer if `n` is not a multiple.
         seed: of haystacks, keys, numbers and depths.
         form: ``"minference"`` or ``"ruler"``.
-        cache: makes a cache for each question, which is then read whole with its prompt: for
-            caches and methods that look at the question to decide what they keep.
+        cache: makes the caches, by default ones that every question can be cropped from.
+        whole: read each question with its prompt in one forward: for caches and methods that look
+            at the question to decide what they keep.
         progress: called after each question.
 
     Returns:
@@ -217,6 +219,7 @@ def needle(
         stop=("\n",),
         title=f"needles in {length} tokens",
         cache=cache,
+        whole=whole,
         progress=progress,
     )
     seconds = time.perf_counter() - start

@@ -62,6 +62,7 @@ def ruler(
     questions: int = 1,
     seed: int = 0,
     cache: Callable[[], Cache] | None = None,
+    whole: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Score of one of RULER's tasks, by greedy decoding.
@@ -92,8 +93,9 @@ def ruler(
             RULER hides for one, so that more questions are also harder; RULER's own is 1, and
             ``"fwe"`` takes no more.
         seed: of everything that is drawn.
-        cache: makes a cache for each question, which is then read whole with its prompt: for
-            caches and methods that look at the question to decide what they keep.
+        cache: makes the caches, by default ones that every question can be cropped from.
+        whole: read each question with its prompt in one forward: for caches and methods that look
+            at the question to decide what they keep.
         progress: called after each question.
 
     Returns:
@@ -143,6 +145,7 @@ def ruler(
         stop=("\n",),
         title=f"RULER {kind}, {length} tokens",
         cache=cache,
+        whole=whole,
         progress=progress,
     )
     seconds = time.perf_counter() - start

@@ -194,6 +194,7 @@ def ask(
     stop: Sequence[str] = (),
     title: str = "questions",
     cache: Callable[[], Cache] | None = None,
+    whole: bool = False,
     progress: Progress | None = None,
 ) -> list[list[str]]:
     """Answer every question of every prompt greedily.
@@ -206,8 +207,9 @@ def ask(
         stop: strings that end an answer, looked for after its leading white space; the answer
             includes them. The model's and the tokenizer's end-of-sequence tokens always end it.
         title: what `progress` is told.
-        cache: makes a cache for each question, which is then read together with its prefix in one
-            forward: for caches that look at the question to decide what they keep.
+        cache: makes the caches, by default `croppable_cache`.
+        whole: read each question together with its prefix in one forward, on a cache of its own:
+            for caches that look at the question to decide what they keep, and cannot be cropped.
         progress: called after each question.
 
     Returns:
@@ -233,19 +235,21 @@ def ask(
         said = text(tokens).lstrip()
         return tokens[-1] in ends or any(string in said for string in stop)
 
+    def made() -> Cache:
+        return croppable_cache(model) if cache is None else cache()
+
     answers: list[list[str]] = []
     total = sum(len(prompt.questions) for prompt in prompts)
     asked = 0
     with evaluating(model):
         for prompt in prompts:
-            prefill = Prefill(model, prompt.prefix) if cache is None else None
+            prefill = None if whole else Prefill(model, prompt.prefix, cache=made())
             answers.append([])
             for question in prompt.questions:
                 if prefill is not None:
                     tokens = prefill.greedy(question, max_new_tokens=max_new_tokens, done=done)
                 else:
-                    assert cache is not None
-                    alone = Prefill(model, [*prompt.prefix, *question], cache=cache())
+                    alone = Prefill(model, [*prompt.prefix, *question], cache=made())
                     tokens = alone.go_on(max_new_tokens=max_new_tokens, done=done)
                 answers[-1].append(text(tokens))
                 asked += 1

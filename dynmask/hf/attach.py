@@ -14,11 +14,13 @@ from dynmask.dam import MaskPlan
 from dynmask.dam.dynamic import Dynamic
 from dynmask.hf import compat
 from dynmask.hf.attention import Attached, dynmask_attention
-from dynmask.hf.capped import SMALLEST, CappedCache, Lease
+from dynmask.hf.capped import SMALLEST, CappedLayer
 from dynmask.hf.dynamic import LayerPolicy
 from dynmask.hf.fingerprint import check_fingerprint
 from dynmask.hf.keys import key_mask
+from dynmask.hf.leased import Lease, LeasedCache
 from dynmask.hf.policy import PolicyCalls
+from dynmask.hf.run_cache import RunLayer
 from dynmask.hf.switch import Switch
 from dynmask.hf.tally import Tally
 from dynmask.masks import Stripes
@@ -182,16 +184,25 @@ class Run:
             self._switch = None
             self._lease.open = False
 
-    def cache(self, max_cache_tokens: int) -> CappedCache:
-        """Make a cache whose memory is bounded, for ``generate(past_key_values=...)``.
+    def cache(self, max_cache_tokens: int | None = None) -> LeasedCache:
+        """Make a cache of this run's own, for ``generate(past_key_values=...)``.
 
-        Each kv head of each layer holds at most so many slots (a call's own tokens come on top
-        while it runs). Once a sequence is longer, the keys that its last 64 rows hardly look at are
-        given up: after the prefill, and whenever the slots are full again. A question at the
-        prompt's end so finds what it asks for; one that comes later may ask for what is gone.
+        Without a number it keeps all that the run's masks may ask for. Heads that run on a plan's
+        stripes give up the keys that no later row sees. Heads under dynamic masks keep every key,
+        and a decode step looks at the blocks that it chooses, as a prefill does
+        (`dynmask.dam.dynamic.Dynamic`); calls of 2 to 64 rows behind a prompt see every key with
+        these heads. Keys and values are written in place, where transformers' own dynamic cache
+        copies all of them at every step.
+
+        With a number each kv head of each layer holds at most so many slots (a call's own tokens
+        come on top while it runs). Once a sequence is longer, the keys that its last 64 rows hardly
+        look at are given up: after the prefill, and whenever the slots are full again. A question
+        at the prompt's end so finds what it asks for; one that comes later may ask for what is
+        gone. Rows then run dense over the slots.
+
         Left and right padding, beams, assisted decoding and chunks work as with transformers' own
-        caches; `crop` only for tokens since keys were given up last. Rows then run dense over the
-        slots.
+        caches; `crop` only for the last 64 tokens where heads forget, and only for tokens since
+        keys were given up last where there is a number.
 
         Args:
             max_cache_tokens: Slots, at least 136: twice the first 4 and the last 64, which stay.
@@ -199,7 +210,9 @@ class Run:
         Raises:
             ValueError: The number is too small, the run is closed, or it runs another method.
         """
-        if not isinstance(max_cache_tokens, int) or max_cache_tokens < SMALLEST:
+        if max_cache_tokens is not None and (
+            not isinstance(max_cache_tokens, int) or max_cache_tokens < SMALLEST
+        ):
             raise ValueError(
                 f"max_cache_tokens={max_cache_tokens!r} must be an integer of at least {SMALLEST}: "
                 "the first and the last tokens stay"
@@ -208,7 +221,14 @@ class Run:
             raise ValueError("this run is closed: call accelerate again")
         if any(a.policy is not None for a in self._attached):
             raise ValueError(f"{self.mode!r} chooses keys by itself: use a cache of transformers")
-        return CappedCache(compat.text_config(self.model), max_cache_tokens, self._lease)
+        config, lease = compat.text_config(self.model), self._lease
+        if max_cache_tokens is not None:
+            cap = max_cache_tokens
+            return LeasedCache(config, lambda index: CappedLayer(cap, lease))
+        by_index = {a.layer.index: a for a in self._attached if a.stripes is not None}
+        return LeasedCache(
+            config, lambda index: RunLayer(by_index[index], lease) if index in by_index else None
+        )
 
     def stats(self) -> dict[str, Any]:
         """Tell what ran so far, as plain values.

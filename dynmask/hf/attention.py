@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.hf import compat
-from dynmask.hf.capped import capped_layer
 from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.keys import KeySlots, slots_of
+from dynmask.hf.leased import leased_layer
 from dynmask.hf.parallel import heads_here
 from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.tally import Sequences, Tally, kind_of
@@ -157,24 +157,28 @@ def dynmask_attention(
     attached: Attached | None = vars(module).get(compat.ATTACHED)
     if attached is not None:
         attached.meet(query.shape[1])
-    capped = capped_layer(key)
-    if attached is None or capped is None:
+    layer = leased_layer(key)
+    if attached is None or layer is None:
         return _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
     if attention_mask is not None and attention_mask.ndim == 4:
         raise ValueError(
             f"layer {attached.layer.index} got an attention mask that is not plain causal, and a "
-            "capped cache: pass a 2-d attention_mask, or another cache"
+            "cache of run.cache(): pass a 2-d attention_mask, or another cache"
         )
+    if attention_mask is None:
+        shape = len(key), layer.get_seq_length()
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=key.device)
     slots = slots_of(attention_mask, key)
-    capped.check(slots)
-    if capped.evicted:
+    layer.check(slots)
+    if layer.runs(query.shape[2]):
         _refuse_dropout(dropout)
-        found, impl = capped.attend(query, slots, scale=scaling, impl=attached.impl)
-        attached.tally.add(kind_of(query.shape[2], slots.length), f"capped {impl}")
+        found, impl = layer.attend(query, slots, scale=scaling, impl=attached.impl)
+        attached.tally.add(kind_of(query.shape[2], slots.length), impl)
         out = found.transpose(1, 2).contiguous()
     else:
+        key, value = layer.whole(slots)
         out, _ = _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
-    capped.settle(query, slots, scale=scaling)
+    layer.settle(query, slots, scale=scaling)
     return out, None
 
 

@@ -134,9 +134,13 @@ def test_whole_prompts_give_the_same_answers_and_a_cap_runs(capsys, folder, task
     _, shared = call(capsys, folder, *words)
     _, whole = call(capsys, folder, *words, "--whole")
     _, capped = call(capsys, folder, *words, "--max-cache-tokens", "140")
+    _, sparse = call(capsys, folder, *words, "--sparse-decode")
     assert whole["quality"][0]["score"] == shared["quality"][0]["score"]
     assert whole["quality"][0]["settings"]["whole"] is True
     assert capped["quality"][0]["settings"]["max_cache_tokens"] == 140
+    assert capped["quality"][0]["settings"]["whole"] is True
+    assert sparse["quality"][0]["settings"]["sparse_decode"] is True
+    assert sparse["quality"][0]["n"] == 3
 
 
 @pytest.mark.parametrize(
@@ -149,6 +153,8 @@ def test_whole_prompts_give_the_same_answers_and_a_cap_runs(capsys, folder, task
         ("longeval --method window --set window=0", "window=0"),
         ("longeval --method snapkv --max-cache-tokens 200", "leave --max-cache-tokens out"),
         ("longeval --max-cache-tokens 200", "add --mode dynamic"),
+        ("longeval --sparse-decode", "add --mode dynamic"),
+        ("longeval --method snapkv --sparse-decode", "leave --sparse-decode out"),
         ("longeval --mode dynamic --max-cache-tokens 20", "max_cache_tokens=20"),
         ("ruler --length 9000", "length=9000"),
         ("ruler --kind fwe --questions 3", "questions=3"),

@@ -99,8 +99,11 @@ def test_a_cache_for_each_question_is_given_whole_prompts(llama, tokenizer):
         return made[-1]
 
     shared = ask(llama, tokenizer, prompts, max_new_tokens=4)
-    assert ask(llama, tokenizer, prompts, max_new_tokens=4, cache=cache) == shared
+    assert ask(llama, tokenizer, prompts, max_new_tokens=4, cache=cache, whole=True) == shared
     assert [c.get_seq_length() - 3 for c in made] == [5, 4, 2]
+    made.clear()
+    assert ask(llama, tokenizer, prompts, max_new_tokens=4, cache=cache) == shared
+    assert [c.get_seq_length() for c in made] == [3, 1]
 
 
 def test_greedy_stops(llama):

@@ -1,0 +1,310 @@
+"""Keys and values of heads whose decode steps look at few blocks of keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynmask.dam.dynamic import Dynamic
+from dynmask.dam.keep import keep
+from dynmask.dam.kernels import by_kernels
+from dynmask.dam.paged_costs import PageStats, page_costs, page_stats
+from dynmask.dam.quantized import Quantized
+from dynmask.masks import Lifetimes
+from dynmask.masks.lifetimes import NEVER
+from dynmask.ops import attention, choose, supports
+from dynmask.ops.reference import accumulation_dtype
+
+# Room for new tokens when the old is used up, as a part of the tokens there are.
+_PART = 16
+_LEAST = 256
+
+# A tensor made in inference mode could not be written outside of it.
+_outlasts_inference_mode = torch.inference_mode(False)
+
+
+class Step(NamedTuple):
+    """What a decode step did, in (query, key) pairs of all heads; a summary is one key.
+
+    Attributes:
+        out: ``[B, H, Q, D]``.
+        causal: Pairs of plain causal attention.
+        shown: Pairs that the choice shows, ``[]`` int64; None if nothing was chosen.
+        impl: The backend that ran.
+    """
+
+    out: Tensor
+    causal: int
+    shown: Tensor | None
+    impl: str
+
+
+class PagedKeys:
+    """The keys and values of some kv heads, with a summary of every block in front.
+
+    Slot ``J`` of the buffers holds the means of block ``J``'s keys and values, slot ``room / block
+    + j`` key ``j``. Tokens are written in place; the buffers grow by a sixteenth at a time.
+
+    A single row looks at what is nearer than ``settings.near`` tokens key by key, and at each older
+    block key by key or as its summary: blocks are chosen as in a prefill (`Dynamic`), from the
+    logits of all their keys. On a GPU these are the logits of keys in 4 bits, kept beside the
+    others, so that a step reads a sixth of the cache and the chosen blocks; elsewhere exact ones.
+
+    Args:
+        settings: How blocks are chosen; None: every row sees every key.
+        quantized: Whether keys are kept in 4 bits too; by default on a GPU.
+
+    Attributes:
+        tokens: How many are held.
+    """
+
+    def __init__(self, settings: Dynamic | None, *, quantized: bool | None = None):
+        self.settings = settings
+        self.tokens = 0
+        self._quantized = quantized
+        self._room = 0
+        self._pages = 0  # Blocks whose summaries and codes are there.
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+        self._codes: Quantized | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """Return a view ``[B, G, tokens, D]``."""
+        assert self._k is not None
+        return self._tokens_of(self._k)
+
+    @property
+    def values(self) -> Tensor:
+        """Return a view ``[B, G, tokens, D]``."""
+        assert self._v is not None
+        return self._tokens_of(self._v)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    @_outlasts_inference_mode
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Take in new tokens.
+
+        Args:
+            k: ``[B, G, n, D]``.
+            v: ``[B, G, n, D]``.
+        """
+        k, v = k.detach(), v.detach()
+        stop = self.tokens + k.shape[2]
+        if self._k is None or stop > self._room:
+            self._grow(k, stop)
+        assert self._k is not None
+        assert self._v is not None
+        front = self._front
+        self._k[:, :, front + self.tokens : front + stop] = k
+        self._v[:, :, front + self.tokens : front + stop] = v
+        self.tokens = stop
+        if self.settings is not None:
+            self._summarise()
+
+    def attend(
+        self,
+        q: Tensor,
+        real: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        impl: str = "auto",
+        clock: AbstractContextManager[object] | None = None,
+    ) -> Step:
+        """Attend from the last tokens: a single row to what it chooses, several to every key.
+
+        Args:
+            q: ``[B, H, Q, D]``, the queries of the last ``Q`` tokens.
+            real: ``[B, tokens]`` bool, which tokens are no padding; None for all.
+            scale: Factor of the logits; ``D ** -0.5`` by default.
+            impl: "auto" or a backend of `dynmask.ops.attention`.
+            clock: Entered around the choice.
+
+        Returns:
+            The rows' outputs, and what was done.
+        """
+        assert self._k is not None
+        assert self._v is not None
+        batch, heads, q_len, dim = q.shape
+        scale = dim**-0.5 if scale is None else scale
+        causal = batch * heads * (q_len * self.tokens - q_len * (q_len - 1) // 2)
+        far = self._far()
+        if self.settings is None or q_len > 1 or far == 0:
+            mask = None if real is None else Lifetimes._trusted(_expiry(real[:, None]), None)
+            if impl == "auto":
+                impl = choose(q, self.keys, self.values, mask)
+            out = attention(q, self.keys, self.values, mask, scale=scale, impl=impl)
+            return Step(out, causal, None, impl)
+        with nullcontext() if clock is None else clock, torch.no_grad():
+            visible = self._choose(q, real, far, scale)
+            mask = Lifetimes._trusted(_expiry(visible), None)
+            shown = visible.sum() * (heads // visible.shape[1])
+            bias = torch.zeros(visible.shape[2], dtype=accumulation_dtype(q.dtype), device=q.device)
+            bias[: self._front] = math.log(self.settings.block)
+            bias = bias.expand(visible.shape)
+        end = self._front + self.tokens
+        k, v = self._k[:, :, :end], self._v[:, :, :end]
+        if impl == "auto":
+            # Which keys are seen is known: gathering them beats a dense kernel under a mask.
+            gathers = supports("cpu", q, k, v, mask, bias=bias) is None
+            impl = "cpu" if gathers else choose(q, k, v, mask, bias=bias)
+        return Step(
+            attention(q, k, v, mask, bias=bias, scale=scale, impl=impl), causal, shown, impl
+        )
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` tokens."""
+        self.tokens -= count
+        if self.settings is not None:
+            self._pages = min(self._pages, self.tokens // self.settings.block)
+
+    @_outlasts_inference_mode
+    def select(self, indices: Tensor) -> None:
+        """Take the batch rows ``indices [n]``, as beam search does."""
+        if self._k is None or self._v is None:
+            return
+        index = indices.to(self._k.device)
+        self._k, self._v = self._k[index], self._v[index]
+        if self._codes is not None:
+            self._codes = _map(self._codes, lambda t: t[index])
+
+    @property
+    def _front(self) -> int:
+        """Slots before the first key."""
+        return 0 if self.settings is None else self._room // self.settings.block
+
+    def _tokens_of(self, buffer: Tensor) -> Tensor:
+        return buffer[:, :, self._front : self._front + self.tokens]
+
+    def _tensors(self) -> list[Tensor]:
+        codes = self._codes
+        of_codes = [] if codes is None else [codes.codes, codes.low, codes.step]
+        return [t for t in (self._k, self._v, *of_codes) if t is not None]
+
+    def _grow(self, like: Tensor, stop: int) -> None:
+        """Make room for ``stop`` tokens and some more."""
+        block = 1 if self.settings is None else self.settings.block
+        room = stop + max(_LEAST, stop // _PART)
+        room = -(-room // block) * block
+        front = 0 if self.settings is None else room // block
+        old = self._k, self._v, self._front
+        new = []
+        for buffer in old[:2]:
+            # Zeros, for slots that no row sees are still multiplied.
+            grown = like.new_zeros(*like.shape[:2], front + room, like.shape[3])
+            if buffer is not None:
+                grown[:, :, : self._pages] = buffer[:, :, : self._pages]
+                grown[:, :, front : front + self.tokens] = self._tokens_of(buffer)
+            new.append(grown)
+        if self._codes is not None:
+            extra = front - self._codes.codes.shape[2]
+            self._codes = _map(self._codes, lambda t: _padded(t, extra))
+        self._k, self._v = new
+        self._room = room
+
+    def _summarise(self) -> None:
+        """Make what is missing for whole blocks."""
+        assert self.settings is not None
+        assert self._k is not None
+        assert self._v is not None
+        block = self.settings.block
+        pages = self.tokens // block
+        if pages == self._pages:
+            return
+        new, span = slice(self._pages, pages), slice(self._pages * block, pages * block)
+        of_keys = self.keys[:, :, span].unflatten(2, (-1, block))
+        self._k[:, :, new] = of_keys.mean(3)
+        self._v[:, :, new] = self.values[:, :, span].unflatten(2, (-1, block)).mean(3)
+        if self._keeps_codes():
+            found = Quantized.of(of_keys)
+            if self._codes is None:
+                self._codes = _map(found, lambda t: _padded(t, self._front - t.shape[2]))
+            else:
+                for field in fields(found):
+                    getattr(self._codes, field.name)[:, :, new] = getattr(found, field.name)
+        self._pages = pages
+
+    def _keeps_codes(self) -> bool:
+        assert self._k is not None
+        if self._quantized is None:
+            return self._k.shape[3] % 2 == 0 and by_kernels(self._k, "quantized_stats") is not None
+        return self._quantized
+
+    def _far(self) -> int:
+        """Return how many blocks end ``near`` keys before the last token."""
+        settings = self.settings
+        if settings is None or not self.tokens >= max(settings.shortest, 1):
+            return 0
+        return max(0, self.tokens - 1 - settings.near) // settings.block
+
+    def _choose(self, q: Tensor, real: Tensor | None, far: int, scale: float) -> Tensor:
+        """Return ``[B, G, slots]`` bool, what the last token sees."""
+        assert self.settings is not None
+        assert self._k is not None
+        block, groups = self.settings.block, self._k.shape[1]
+        rows = q.reshape(len(q), groups, -1, q.shape[3])
+        old = far * block
+        kept = torch.ones(len(q), groups, far, dtype=torch.bool, device=q.device)
+        if self.settings.coverage < 1:
+            near = ((rows * scale) @ self.keys[:, :, old:].mT).to(accumulation_dtype(q.dtype))
+            if real is not None:
+                near = near.masked_fill(~real[:, None, None, old:], float("-inf"))
+            stats = self._stats(rows, far, scale)
+            whole = None
+            if real is not None:
+                # A block with padding is looked at key by key, and is no part of the softmax.
+                whole = real[:, :old].unflatten(1, (far, block)).all(-1)[:, None]
+                stats = stats._replace(mass=stats.mass * whole[:, :, None])
+            cost = page_costs(stats, near.logsumexp(-1), block)
+            if whole is not None:
+                cost = torch.where(whole, cost, 2.0)
+            limit = torch.full((1,), far, device=q.device)
+            choose_pages = by_kernels(cost, "keep") or keep
+            allowed = (1 - self.settings.coverage) ** 2
+            kept = choose_pages(cost.unsqueeze(2), limit, allowed).squeeze(2)
+        front = self._front
+        visible = kept.new_ones(*kept.shape[:2], front + self.tokens)
+        visible[:, :, :far] = ~kept
+        visible[:, :, far:front] = False
+        visible[:, :, front : front + old] = kept.repeat_interleave(block, 2)
+        if real is not None:
+            visible[:, :, front:] &= real[:, None]
+        return visible
+
+    def _stats(self, rows: Tensor, far: int, scale: float) -> PageStats:
+        assert self._k is not None
+        assert self.settings is not None
+        means = self._k[:, :, :far]
+        if self._codes is None:
+            blocks = self.keys[:, :, : far * self.settings.block]
+            return page_stats(rows, blocks.unflatten(2, (far, self.settings.block)), means, scale)
+        run = by_kernels(rows, "quantized_stats", queries=rows.shape[2])
+        if run is not None:
+            found: PageStats = run(rows, self._codes, means, count=far, scale=scale)
+            return found
+        codes = _map(self._codes, lambda t: t[:, :, :far])
+        return page_stats(rows.float(), codes.keys(), means.float(), scale)
+
+
+def _expiry(visible: Tensor) -> Tensor:
+    return torch.where(visible, NEVER, 0).int()
+
+
+def _map(codes: Quantized, function: Callable[[Tensor], Tensor]) -> Quantized:
+    return replace(codes, **{f.name: function(getattr(codes, f.name)) for f in fields(codes)})
+
+
+def _padded(tensor: Tensor, extra: int) -> Tensor:
+    """Return ``tensor`` with so many slots more in its third dimension."""
+    shape = *tensor.shape[:2], extra, *tensor.shape[3:]
+    return torch.cat([tensor, tensor.new_zeros(shape)], 2)

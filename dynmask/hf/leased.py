@@ -1,0 +1,196 @@
+"""What the layers of a run's own caches have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from dynmask.hf.keys import KeySlots
+
+_LAYER = "_dynmask_cache_layer"
+
+
+class Lease:
+    """Says whether a run still holds its model; copies of a cache share it."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return self
+
+
+class LeasedLayer(DynamicLayer):
+    """A layer that takes part in attention: `dynmask_attention` finds it by the keys it gave.
+
+    A call goes ``update``, then ``attend`` if ``runs`` says so or else attention over ``whole``,
+    then ``settle``.
+
+    Args:
+        lease: Of the run that makes the cache.
+    """
+
+    is_croppable = True
+    keys: Any
+    values: Any
+
+    def __init__(self, lease: Lease):
+        super().__init__()
+        self._lease = lease
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen = 0
+        self._batch = 0
+        self._settled = True
+
+    def begin(self, key_states: Tensor) -> None:
+        """Count the tokens of a new call.
+
+        Raises:
+            ValueError: The call is not one of the run that made the cache, or the one before it
+                was cut off.
+        """
+        if not self._lease.open or not self._settled:
+            raise ValueError(
+                "this cache is for the model inside accelerate() that made it, or its last call "
+                "was cut off (out of memory, interrupted): run that model inside the with block, "
+                "and make a new cache with run.cache() for each run and after an error"
+            )
+        self._batch = len(key_states)
+        self._seen += key_states.shape[2]
+        self._settled = False
+
+    def marked(self, keys: Tensor) -> Tensor:
+        """Return keys that `leased_layer` knows."""
+        # A new tensor object: the mark must not make a cycle with what the layer holds.
+        keys = keys.view_as(keys)
+        setattr(keys, _LAYER, self)
+        return keys
+
+    def check(self, slots: KeySlots) -> None:
+        """Refuse to go on where layers have seen different tokens.
+
+        Args:
+            slots: Of all tokens so far, as the first layer counts them.
+
+        Raises:
+            ValueError: An earlier call was cut off.
+        """
+        if self._seen != slots.length:
+            raise ValueError(
+                f"a layer of this cache has seen {self._seen} tokens of {slots.length}: an earlier "
+                "call was cut off (out of memory, interrupted); make a new cache with run.cache() "
+                "and give it the whole prompt again"
+            )
+
+    @abstractmethod
+    def runs(self, rows: int) -> bool:
+        """Say whether `attend` runs a call of so many rows."""
+
+    @abstractmethod
+    def whole(self, slots: KeySlots) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``[B, G, K, D]`` for a call that `attend` does not run."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, slots: KeySlots, *, scale: float | None, impl: str
+    ) -> tuple[Tensor, str]:
+        """Attend to what is held, the tokens of this call included.
+
+        Args:
+            query: ``[B, H, Q, D]``.
+            slots: Of all tokens so far.
+            scale: Factor of the logits.
+            impl: "auto" or a backend.
+
+        Returns:
+            ``[B, H, Q, D]``, and what ran it.
+        """
+
+    @abstractmethod
+    def settle(self, query: Tensor, slots: KeySlots, *, scale: float | None) -> None:
+        """End a call: store its tokens, and give up what is not kept.
+
+        Args:
+            query: ``[B, H, Q, D]``, of the call.
+            slots: As in `attend`.
+            scale: As in `attend`.
+        """
+
+    @abstractmethod
+    def select(self, indices: Tensor) -> None:
+        """Take the batch rows ``indices [n]``, some of them or some more than once."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    def get_seq_length(self) -> int:
+        """Return the tokens seen, padding and evicted ones included."""
+        return self._seen
+
+    def removed(self, tokens_to_remove: int) -> int:
+        """Return how many tokens ``crop`` is asked to remove, from either of its two forms."""
+        length = tokens_to_remove if tokens_to_remove > 0 else self._seen + tokens_to_remove
+        return max(self._seen - length, 0)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take batch rows in another order, as beam search does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row."""
+        self.batch_select_indices(torch.arange(self._batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows."""
+        if self._seen:
+            self.select(indices)
+            self._batch = len(indices)
+
+
+class LeasedCache(DynamicCache):
+    """A cache of such layers; those that a run leaves alone keep transformers' own.
+
+    Args:
+        config: Of the model.
+        make: Makes the layer at an index; None to leave it alone.
+    """
+
+    def __init__(self, config: Any, make: Callable[[int], LeasedLayer | None]):
+        super().__init__(config=config)
+        self.layers = [
+            (make(index) if type(layer) is DynamicLayer else None) or layer
+            for index, layer in enumerate(self.layers)
+        ]
+
+    def memory(self) -> int:
+        """Return the bytes held by all layers."""
+        return sum(
+            layer.nbytes if isinstance(layer, LeasedLayer) else nbytes(vars(layer).values())
+            for layer in self.layers
+        )
+
+
+def nbytes(values: Iterable[object]) -> int:
+    """Add up the bytes of the tensors among ``values``."""
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def leased_layer(key: Tensor) -> LeasedLayer | None:
+    """Return the layer of a run's cache that gave these keys, if one did."""
+    layer = getattr(key, _LAYER, None)
+    return layer if isinstance(layer, LeasedLayer) else None
