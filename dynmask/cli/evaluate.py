@@ -133,6 +133,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     print_results(output, results)
     if row.density == 1 and mode in ("dynamic", "auto"):
         output.say("note: nothing was left out; prompts this short run dense in this mode")
+    if row.decode is not None:
+        output.say(f"decode steps: density {100 * row.decode:.1f} %", style="dim")
     for name, value in result.metrics.items():
         output.say(f"{name.replace('_', ' ')}: {value:,.6g}", style="dim")
     document = result.to_json()

@@ -50,11 +50,12 @@ def running(
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run's prefills looked at, evaluated, and were run by; see `QualityRow`."""
+    """What a run's calls looked at, evaluated, and were run by; see `QualityRow`."""
 
     density: float
     computed: float
     impl: str
+    decode: float | None = None
 
     @classmethod
     def of(cls, model: Any, run: Run | None) -> Cost:
@@ -67,6 +68,7 @@ class Cost:
             density=stats["density"]["prefill"],
             computed=stats["computed_density"]["prefill"],
             impl=", ".join(f"{name} × {count}" for name, count in calls.items()),
+            decode=stats["density"].get("decode"),
         )
 
 
@@ -84,6 +86,7 @@ def quality_row(result: Result, mode: str, cost: Cost) -> QualityRow:
         seconds=result.seconds,
         impl=cost.impl,
         settings={**result.settings, "prompt_tokens": round(result.prompt_tokens)},
+        decode=cost.decode,
     )
 
 

@@ -44,6 +44,7 @@ class QualityRow:
         seconds: Wall-clock time of the task.
         impl: What ran the prefills' attention, with the number of calls.
         settings: What the task was run with.
+        decode: Share of the causal pairs that decode steps looked at, where they chose their keys.
     """
 
     task: str
@@ -57,6 +58,7 @@ class QualityRow:
     seconds: float
     impl: str
     settings: dict[str, Any] = field(default_factory=dict)
+    decode: float | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: _is_number(value) and isinstance(value, int),
     "float": _is_number,
+    "float | None": lambda value: value is None or _is_number(value),
     "tuple[float, float]": _is_pair,
     "tuple[float, float] | None": lambda value: value is None or _is_pair(value),
     "dict[str, Any]": lambda value: isinstance(value, dict),
