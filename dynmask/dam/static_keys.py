@@ -242,7 +242,6 @@ class StaticKeys:
 
         return spread(self._k[:, :, : self._used]), spread(self._v[:, :, : self._used])
 
-    @_outlasts_inference_mode
     def crop(self, count: int) -> None:
         """Take the last ``count`` tokens back; `SLACK` always can be.
 
@@ -261,7 +260,6 @@ class StaticKeys:
         self._real -= (gone != NOWHERE).sum(1)
         self._used = left
         self.tokens -= count
-        self._checked = min(self._checked, self.tokens)
         if self._padded:
             self._fill_room()
 
@@ -275,7 +273,6 @@ class StaticKeys:
             return
         index = indices.to(self._k.device)
         self._k, self._v = self._k[index], self._v[index]
-        self._owned = True
         if self._padded:
             index = indices.cpu()
             self._where, self._real = self._where[:, index], self._real[index]

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from dynmask import attention
 from dynmask.dam import static_keys
 from dynmask.dam.static_keys import SLACK, StaticKeys
+from dynmask.dam.static_tables import LastRows
 from dynmask.masks import Padding, Stripes
 
 DIM = 8
 
 
-def draw_stripes(heads, seed, *, columns=12, reach=(9, 40, 70, 23), corner=None):
+def draw_stripes(heads, seed, *, columns=12, reach=(9, 40, 70, 23), corner=None, density=0.2):
     """Random ones; head ``h`` sees keys up to ``reach[h]`` back, and not all in between."""
     g = torch.Generator().manual_seed(seed)
     furthest = [reach[h % len(reach)] for h in range(heads)]
@@ -29,7 +30,9 @@ def draw_stripes(heads, seed, *, columns=12, reach=(9, 40, 70, 23), corner=None)
             for r in furthest
         ),
         torch.zeros(heads, dtype=torch.bool),
-        None if corner is None else (torch.rand(heads, corner, corner, generator=g) < 0.2).tril(),
+        None
+        if corner is None
+        else (torch.rand(heads, corner, corner, generator=g) < density).tril(),
     )
 
 
@@ -149,7 +152,8 @@ def test_only_what_no_later_row_sees_is_given_up(data):
     )
     batch = data.draw(st.integers(1, 2))
     q, k, v = draw(batch, heads, groups, 60, seed=seed)
-    real = torch.rand(batch, 60, generator=g) < data.draw(st.sampled_from([1.0, 0.7]))
+    share = data.draw(st.sampled_from([1.0, 0.7]))
+    real = torch.rand(batch, 60, generator=g) < share
     expected = whole_attention(q, k, v, visible(stripes, real))
     calls = st.sampled_from(["token", "token", "tokens", "evict", "evict", "crop", "crop far"])
     with pytest.MonkeyPatch.context() as patch:
@@ -163,6 +167,9 @@ def test_only_what_no_later_row_sees_is_given_up(data):
                 gone = data.draw(st.integers(0, min(slack, count - floor)))
                 keys.crop(gone)
                 count -= gone
+                # Others come instead.
+                real[:, count:] = torch.rand(batch, 60 - count, generator=g) < share
+                expected = whole_attention(q, k, v, visible(stripes, real))
             elif call == "crop far":
                 try:
                     keys.crop(min(count, slack + 3))
@@ -191,7 +198,7 @@ def test_only_what_no_later_row_sees_is_given_up(data):
 @pytest.mark.parametrize("padding", ["no padding", "left"])
 def test_all_that_no_later_row_sees_is_given_up(padding):
     real = PADDING[padding][:, :200]
-    stripes = draw_stripes(6, 5, corner=139)
+    stripes = draw_stripes(6, 5, corner=139, density=0.02)
     _, k, v = draw(3, 6, 3, 200)
     keys = StaticKeys(stripes, 3)
     step(keys, k, v, real, slice(0, 200))
@@ -353,25 +360,38 @@ def test_nothing_waits_for_the_device():
     assert keys.attend(torch.empty(4, 4, 1, DIM, device="meta")).shape == (4, 4, 1, DIM)
 
 
-def test_a_prompt_in_inference_mode_and_gradients_elsewhere():
+@pytest.mark.parametrize("then", ["nothing", "evict", "select"])
+def test_a_prompt_in_inference_mode_and_gradients_elsewhere(then):
     stripes = draw_stripes(2, 7)
     q, k, v = draw(1, 2, 2, 300)
-    expected = whole_attention(q, k, v, stripes.dense(300))
+    real = torch.arange(300)[None] >= 5 * (then != "evict")
+    expected = whole_attention(q, k, v, visible(stripes, real))
     with torch.inference_mode():
         keys = StaticKeys(stripes, 2)
-        keys.append(k[:, :, :250] + 0, v[:, :, :250] + 0, torch.arange(250)[None] >= 0)
-        keys.evict()
-        keys.append(k[:, :, 250:251] + 0, v[:, :, 250:251] + 0)
-        keys.attend(q[:, :, 250:251])
-        keys.select(torch.tensor([0]))
-    q, k, v = (t[:, :, 251:].clone().requires_grad_() for t in (q, k, v))
-    for i in range(49):
+        keys.append(k[:, :, :250] + 0, v[:, :, :250] + 0, real[:, :250])
+        if then == "evict":
+            keys.evict()
+        elif then == "select":
+            keys.select(torch.tensor([0]))
+        keys.attend(q[:, :, 249:250])
+    q, k, v = (t[:, :, 250:].clone().requires_grad_() for t in (q, k, v))
+    for i in range(50):
         new = slice(i, i + 1)
         keys.append(k[:, :, new], v[:, :, new])
         out = keys.attend(q[:, :, new])
-        torch.testing.assert_close(out, expected[:, :, 251:][:, :, new])
+        torch.testing.assert_close(out, expected[:, :, 250:][:, :, new])
     assert out.requires_grad
     assert not keys.expanded()[0].requires_grad
+
+
+def test_evict_looks_every_few_tokens_only(monkeypatch):
+    looked, see = [], LastRows.see
+    monkeypatch.setattr(LastRows, "see", lambda *given: looked.append(1) or see(*given))
+    keys = StaticKeys(draw_stripes(2, 7), 2)
+    for count in [300, *[1] * (3 * SLACK)]:
+        keys.append(torch.ones(1, 2, count, DIM), torch.ones(1, 2, count, DIM))
+        keys.evict()
+    assert len(looked) == 4
 
 
 def test_stripes_are_shared_and_derived_from_once():
