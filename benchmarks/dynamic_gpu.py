@@ -1,14 +1,19 @@
 """Time dynamic masks against torch's dense causal kernels on a GPU: the op, and whole models.
 
     python benchmarks/dynamic_gpu.py --model FOLDER [--lengths 8192 32768 65536 131072]
-        [--coverage 0.975] [--models 1B 8B] [--model-lengths 32768 131072] [--density 0.1]
-        [--rounds 10] [--out FILE.json]
+        [--steps 1 8] [--coverage 0.975] [--models 1B 8B] [--model-lengths 32768 131072]
+        [--density 0.1] [--rounds 10] [--out FILE.json]
 
 Op: bfloat16, 32 heads on 8 key heads, D 64, Llama-3.2-1B's. Queries, keys and values are those of
 the model in FOLDER (a dense Llama with 4 query heads a key head and D 64), from as many of its
 layers as 8 key heads take, on the package's texts, read in windows of the model's context at their
 places in the long text, so that positions run on. Everything is timed: landmarks, costs, choice,
 lists, attention. `selection` is the time of all but attention, by events inside the call.
+
+Steps: one row of decoding at the end of the same keys, in batches of so many copies: its key and
+value are written into `dynmask.dam.paged.PagedKeys`, blocks are chosen and attended to. Beside it
+torch's dense kernels over a cache that has them already, and over one that is copied to take them
+in, as transformers' DynamicCache does (`copied`).
 
 Whole models: Llama-3.2-1B's and Llama-3.1-8B's shapes with random weights, a prompt of random
 tokens, time to the last token's logits. Random weights have flat attention maps, which ask for no
@@ -28,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dynmask
@@ -36,6 +42,7 @@ from dynmask.bench import dense
 from dynmask.bench.environment import environment
 from dynmask.bench.timing import Clock, Run, Times, measure, peak_memory, ratio
 from dynmask.dam.dynamic import Dynamic, dynamic_attention
+from dynmask.dam.paged import PagedKeys, Step
 
 HEADS, GROUPS, DIM = 32, 8, 64
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -99,12 +106,19 @@ def taken_from(folder: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.cat(kept, 2).contiguous() for kept in parts)  # type: ignore[return-value]
 
 
-def op(folder: str, lengths: list[int], settings: Dynamic, rounds: int) -> list[dict[str, Any]]:
+def op(
+    folder: str, lengths: list[int], batches: list[int], settings: Dynamic, rounds: int
+) -> list[dict[str, Any]]:
     clock, cells = Clock(torch.device("cuda")), []
     every = taken_from(folder, max(lengths))
     for length in lengths:
-        cells.append(cell(*(t[:, :, :length].contiguous() for t in every), settings, rounds, clock))
+        cut = [t[:, :, :length].contiguous() for t in every]
+        cells.append(cell(*cut, settings, rounds, clock))
         show(cells[-1])
+        for batch in batches:
+            copies = (t.expand(batch, -1, -1, -1) for t in cut)
+            cells.append(step(*copies, settings, rounds, clock))
+            show(cells[-1])
     return cells
 
 
@@ -137,6 +151,45 @@ def cell(
         "speedup": ratio(times[best], times["dynamic"]),
         "peak": peak_memory(runs["dynamic"], q.device),
         "peak_flash": peak_memory(runs["flash"], q.device),
+    }
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, settings: Dynamic, rounds: int, clock: Clock
+) -> dict[str, Any]:
+    length = k.shape[2]
+    q, new_k, new_v = (t[:, :, -1:].contiguous() for t in (q, k, v))
+    old_k, old_v = (t[:, :, :-1].contiguous() for t in (k, v))
+    paged = PagedKeys(settings)
+    paged.append(old_k, old_v)
+
+    def take() -> Step:
+        paged.append(new_k, new_v)
+        done = paged.attend(q)
+        paged.crop(1)
+        return done
+
+    def copied() -> Tensor:
+        grown = torch.cat([old_k, new_k], 2), torch.cat([old_v, new_v], 2)
+        return scaled_dot_product_attention(q, *grown, enable_gqa=True)
+
+    attend = dense.causal(q.device)
+    first = next(iter(attend))
+    exact, done = attend[first](q, k, v).float(), take()
+    runs = {name: Run(partial(f, q, k, v)) for name, f in attend.items()}
+    runs |= {"copied": Run(copied), "dynamic": Run(take)}
+    times = measure(runs, clock, rounds=rounds, warmups=4, budget=1.0)
+    best = dense.fastest({name: times[name] for name in attend})
+    return {
+        "part": f"step, batch {len(q)}",
+        "length": length,
+        "density": 1.0 if done.shown is None else int(done.shown) / done.causal,
+        "distance": float((done.out.float() - exact).norm() / exact.norm()),
+        "impl": done.impl,
+        "times": {name: t.to_dict() for name, t in times.items()},
+        "fastest": best,
+        "speedup": {name: ratio(times[name], times["dynamic"]) for name in (best, "copied")},
+        "cache": paged.nbytes / (k.nbytes + v.nbytes),
     }
 
 
@@ -221,6 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder of a trained model; without it no op is timed")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="batches of decode steps")
     parser.add_argument("--coverage", type=float, default=Dynamic().coverage)
     parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=[])
     parser.add_argument("--model-lengths", type=int, nargs="+", default=[32768, 131072])
@@ -229,7 +283,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     settings = Dynamic(coverage=args.coverage)
-    cells = op(args.model, args.lengths, settings, args.rounds) if args.model else []
+    cells = []
+    if args.model:
+        cells = op(args.model, args.lengths, args.steps, settings, args.rounds)
     where = environment(torch.device("cuda"))
     result: dict[str, Any] = {"environment": where, "coverage": args.coverage, "cells": cells}
 

@@ -18,32 +18,41 @@ _MODULES = {
     "choice_lists": "dynmask.dam.triton.lists",
     "attend_listed": "dynmask.ops.triton.listed",
     "quantized_stats": "dynmask.dam.triton.pages",
+    "choose_pages": "dynmask.dam.triton.choose",
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_DIM = 256
 # Of a block whose landmarks a program looks for in registers.
 _MOST_CELLS = 1 << 16
 _MOST_MARKS = 64
+# Blocks of a decode step, in a program's registers.
+_MOST_PAGES = 16384
 
 
 def by_kernels(
-    x: Tensor, name: str, *, cells: int = 0, marks: int = 1, queries: int = 1
+    x: Tensor, name: str, *, cells: int = 0, marks: int = 1, queries: int = 1, pages: int = 0
 ) -> Callable[..., Any] | None:
     """Return the kernel's function of this name, or None where torch must do.
 
     Args:
         x: What it would run on: CUDA tensors of 16 or 32 bits, heads of up to 256.
-        name: "landmarks", "block_costs", "keep", "choice_lists", "attend_listed" or
-            "quantized_stats".
+        name: "landmarks", "block_costs", "keep", "choice_lists", "attend_listed",
+            "quantized_stats" or "choose_pages".
         cells: Numbers of a block; "landmarks" takes up to 65,536.
         marks: Landmarks of a block; "block_costs" takes powers of two up to 64.
-        queries: Queries of a tile or step; "block_costs" and "quantized_stats" take up to 64.
+        queries: Queries of a tile or step, up to 64.
+        pages: Blocks that a step chooses from; "choose_pages" takes up to 16,384.
     """
     if not (x.is_cuda and x.dtype in _DTYPES and HAS_TRITON):
         return None
     if name != "keep" and x.shape[-1] > _MOST_DIM:
         return None
-    if cells > _MOST_CELLS or marks & (marks - 1) or max(marks, queries) > _MOST_MARKS:
+    if (
+        cells > _MOST_CELLS
+        or pages > _MOST_PAGES
+        or marks & (marks - 1)
+        or max(marks, queries) > _MOST_MARKS
+    ):
         return None
     module = importlib.import_module(_MODULES[name])
     found: Callable[..., Any] = getattr(module, name)

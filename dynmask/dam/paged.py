@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynmask.dam.dynamic import Dynamic
-from dynmask.dam.keep import keep
 from dynmask.dam.kernels import by_kernels
-from dynmask.dam.paged_costs import PageStats, page_costs, page_stats
+from dynmask.dam.paged_select import Pages, select
 from dynmask.dam.quantized import Quantized
 from dynmask.masks import Lifetimes
 from dynmask.masks.lifetimes import NEVER
@@ -72,6 +70,7 @@ class PagedKeys:
         self._pages = 0  # Blocks whose summaries and codes are there.
         self._k: Tensor | None = None
         self._v: Tensor | None = None
+        self._bias: Tensor | None = None  # [slots]
         self._codes: Quantized | None = None
 
     @property
@@ -140,18 +139,22 @@ class PagedKeys:
         causal = batch * heads * (q_len * self.tokens - q_len * (q_len - 1) // 2)
         far = self._far()
         if self.settings is None or q_len > 1 or far == 0:
-            mask = None if real is None else Lifetimes._trusted(_expiry(real[:, None]), None)
+            mask = (
+                None
+                if real is None
+                else Lifetimes._trusted(torch.where(real, NEVER, 0).int()[:, None], None)
+            )
             if impl == "auto":
                 impl = choose(q, self.keys, self.values, mask)
             out = attention(q, self.keys, self.values, mask, scale=scale, impl=impl)
             return Step(out, causal, None, impl)
         with nullcontext() if clock is None else clock, torch.no_grad():
-            visible = self._choose(q, real, far, scale)
-            mask = Lifetimes._trusted(_expiry(visible), None)
-            shown = visible.sum() * (heads // visible.shape[1])
-            bias = torch.zeros(visible.shape[2], dtype=accumulation_dtype(q.dtype), device=q.device)
-            bias[: self._front] = math.log(self.settings.block)
-            bias = bias.expand(visible.shape)
+            rows = q.reshape(batch, self._k.shape[1], -1, dim)
+            expiry, seen = select(rows, self._pages_of(far), self.settings, real, scale)
+            mask = Lifetimes._trusted(expiry, None)
+            assert self._bias is not None
+            bias = self._bias[: expiry.shape[2]].expand(expiry.shape)
+            shown = seen * (heads // self._k.shape[1])
         end = self._front + self.tokens
         k, v = self._k[:, :, :end], self._v[:, :, :end]
         if impl == "auto":
@@ -176,7 +179,7 @@ class PagedKeys:
         index = indices.to(self._k.device)
         self._k, self._v = self._k[index], self._v[index]
         if self._codes is not None:
-            self._codes = _map(self._codes, lambda t: t[index])
+            self._codes = self._codes.each(lambda t: t[index])
 
     @property
     def _front(self) -> int:
@@ -189,7 +192,7 @@ class PagedKeys:
     def _tensors(self) -> list[Tensor]:
         codes = self._codes
         of_codes = [] if codes is None else [codes.codes, codes.low, codes.step]
-        return [t for t in (self._k, self._v, *of_codes) if t is not None]
+        return [t for t in (self._k, self._v, self._bias, *of_codes) if t is not None]
 
     def _grow(self, like: Tensor, stop: int) -> None:
         """Make room for ``stop`` tokens and some more."""
@@ -208,9 +211,13 @@ class PagedKeys:
             new.append(grown)
         if self._codes is not None:
             extra = front - self._codes.codes.shape[2]
-            self._codes = _map(self._codes, lambda t: _padded(t, extra))
+            self._codes = self._codes.each(lambda t: _padded(t, extra))
         self._k, self._v = new
         self._room = room
+        if self.settings is not None:
+            wide = accumulation_dtype(like.dtype)
+            self._bias = torch.zeros(front + room, dtype=wide, device=like.device)
+            self._bias[:front] = math.log(block)
 
     def _summarise(self) -> None:
         """Make what is missing for whole blocks."""
@@ -228,10 +235,11 @@ class PagedKeys:
         if self._keeps_codes():
             found = Quantized.of(of_keys)
             if self._codes is None:
-                self._codes = _map(found, lambda t: _padded(t, self._front - t.shape[2]))
+                self._codes = found.each(lambda t: _padded(t, self._front - t.shape[2]))
             else:
                 for field in fields(found):
-                    getattr(self._codes, field.name)[:, :, new] = getattr(found, field.name)
+                    held: Tensor = getattr(self._codes, field.name)
+                    held[:, :, new] = getattr(found, field.name)
         self._pages = pages
 
     def _keeps_codes(self) -> bool:
@@ -247,61 +255,11 @@ class PagedKeys:
             return 0
         return max(0, self.tokens - 1 - settings.near) // settings.block
 
-    def _choose(self, q: Tensor, real: Tensor | None, far: int, scale: float) -> Tensor:
-        """Return ``[B, G, slots]`` bool, what the last token sees."""
-        assert self.settings is not None
-        assert self._k is not None
-        block, groups = self.settings.block, self._k.shape[1]
-        rows = q.reshape(len(q), groups, -1, q.shape[3])
-        old = far * block
-        kept = torch.ones(len(q), groups, far, dtype=torch.bool, device=q.device)
-        if self.settings.coverage < 1:
-            near = ((rows * scale) @ self.keys[:, :, old:].mT).to(accumulation_dtype(q.dtype))
-            if real is not None:
-                near = near.masked_fill(~real[:, None, None, old:], float("-inf"))
-            stats = self._stats(rows, far, scale)
-            whole = None
-            if real is not None:
-                # A block with padding is looked at key by key, and is no part of the softmax.
-                whole = real[:, :old].unflatten(1, (far, block)).all(-1)[:, None]
-                stats = stats._replace(mass=stats.mass * whole[:, :, None])
-            cost = page_costs(stats, near.logsumexp(-1), block)
-            if whole is not None:
-                cost = torch.where(whole, cost, 2.0)
-            limit = torch.full((1,), far, device=q.device)
-            choose_pages = by_kernels(cost, "keep") or keep
-            allowed = (1 - self.settings.coverage) ** 2
-            kept = choose_pages(cost.unsqueeze(2), limit, allowed).squeeze(2)
-        front = self._front
-        visible = kept.new_ones(*kept.shape[:2], front + self.tokens)
-        visible[:, :, :far] = ~kept
-        visible[:, :, far:front] = False
-        visible[:, :, front : front + old] = kept.repeat_interleave(block, 2)
-        if real is not None:
-            visible[:, :, front:] &= real[:, None]
-        return visible
-
-    def _stats(self, rows: Tensor, far: int, scale: float) -> PageStats:
+    def _pages_of(self, far: int) -> Pages:
         assert self._k is not None
         assert self.settings is not None
         means = self._k[:, :, :far]
-        if self._codes is None:
-            blocks = self.keys[:, :, : far * self.settings.block]
-            return page_stats(rows, blocks.unflatten(2, (far, self.settings.block)), means, scale)
-        run = by_kernels(rows, "quantized_stats", queries=rows.shape[2])
-        if run is not None:
-            found: PageStats = run(rows, self._codes, means, count=far, scale=scale)
-            return found
-        codes = _map(self._codes, lambda t: t[:, :, :far])
-        return page_stats(rows.float(), codes.keys(), means.float(), scale)
-
-
-def _expiry(visible: Tensor) -> Tensor:
-    return torch.where(visible, NEVER, 0).int()
-
-
-def _map(codes: Quantized, function: Callable[[Tensor], Tensor]) -> Quantized:
-    return replace(codes, **{f.name: function(getattr(codes, f.name)) for f in fields(codes)})
+        return Pages(self.keys, means, self._codes, self.settings.block, self._front)
 
 
 def _padded(tensor: Tensor, extra: int) -> Tensor:

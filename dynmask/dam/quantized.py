@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,10 @@ class Quantized:
         codes = (wide - low.unsqueeze(3)) / step.masked_fill(step == 0, 1).unsqueeze(3)
         first, second = codes.round_().to(torch.uint8).chunk(2, -1)
         return cls(first | second << 4, low, step)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Quantized:
+        """Return ``function`` of each tensor."""
+        return Quantized(function(self.codes), function(self.low), function(self.step))
 
     def keys(self) -> Tensor:
         """Return the keys that the codes stand for, ``[B, G, n, block, D]`` float32."""
