@@ -56,8 +56,10 @@ def accelerate(
     breaks around attention, and must be given an ``attention_mask``: without one, transformers
     makes it a mask for packed documents.
 
-    Several threads may run the model at once, each with caches of its own. Close the run while none
-    of them is inside the model: a call that is under way would end as neither this model nor that.
+    Several threads may run the model at once, each with caches of its own. Open and close the run
+    while none of them is inside the model: a call that is under way ends with a ``ValueError``,
+    unless all its layers run one way. ``generate`` is many calls, and goes on after a ``close``
+    with the model as it was.
 
     Under transformers' tensor parallelism (``tp_plan``) all processes accelerate their model by the
     same plan; each runs its heads by their part of it and counts them alone.
@@ -156,9 +158,10 @@ class Run:
         compat.register(NAME, dynmask_attention, key_mask)
         with _attaching:
             compat.refuse_attached(model)  # Another thread may have come first since.
-            self._switch: Switch | None = Switch(model, layers, NAME)
+            # First, and last in `close`: a layer that runs ours finds what it needs.
             for attached in self._attached:
                 setattr(attached.layer.module, compat.ATTACHED, attached)
+            self._switch: Switch | None = Switch(model, layers, NAME)
 
     def __enter__(self) -> Run:
         if self._switch is None:
@@ -178,11 +181,11 @@ class Run:
         with _attaching:
             if self._switch is None:
                 return
-            for attached in self._attached:
-                vars(attached.layer.module).pop(compat.ATTACHED, None)
+            self._lease.open = False
             self._switch.undo()
             self._switch = None
-            self._lease.open = False
+            for attached in self._attached:
+                vars(attached.layer.module).pop(compat.ATTACHED, None)
 
     def cache(self, max_cache_tokens: int | None = None) -> LeasedCache:
         """Make a cache of this run's own, for ``generate(past_key_values=...)``.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmask.hf import compat
+from dynmask.hf.callmask import mask_of_call
 from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.keys import KeySlots, slots_of
 from dynmask.hf.leased import leased_layer
@@ -126,7 +127,7 @@ def dynmask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -140,8 +141,7 @@ def dynmask_attention(
         query: ``[B, H, Q, D]``.
         key: ``[B, G, K, D]``, or longer with a StaticCache.
         value: Of the same shape as ``key``.
-        attention_mask: From ``key_mask``: ``[B, K]`` for plain causal attention, else
-            ``[B, 1, Q, K]``. A 4-d mask from the user comes here unchanged.
+        attention_mask: From ``key_mask``. A 4-d mask from the user comes here unchanged.
         dropout: Probability of dropout.
         scaling: Factor of the logits, ``D ** -0.5`` by default.
         is_causal: May only be True or None.
@@ -155,20 +155,19 @@ def dynmask_attention(
     """
     compat.refuse_unknown_arguments(module, arguments, is_causal=is_causal)
     attached: Attached | None = vars(module).get(compat.ATTACHED)
+    run = None if attached is None else attached.tally
+    attention_mask = mask_of_call(attention_mask, module, run)
     if attached is not None:
         attached.meet(query.shape[1])
     layer = leased_layer(key)
     if attached is None or layer is None:
         return _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if isinstance(attention_mask, Tensor):
         raise ValueError(
             f"layer {attached.layer.index} got an attention mask that is not plain causal, and a "
             "cache of run.cache(): pass a 2-d attention_mask, or another cache"
         )
-    if attention_mask is None:
-        shape = len(key), layer.get_seq_length()
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=key.device)
-    slots = slots_of(attention_mask, key)
+    slots = slots_of(attention_mask, key, layer.get_seq_length())
     layer.check(slots)
     if layer.runs(query.shape[2]):
         _refuse_dropout(dropout)
@@ -188,20 +187,21 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: KeySlots | Tensor | None,
     dropout: float,
     scaling: float | None,
 ) -> tuple[Tensor, None]:
     """Attend to keys that are one token each; arguments as in `dynmask_attention`."""
     window = attached is not None and attached.own is not None
     q_len = query.shape[2]
-    if window or (attention_mask is not None and attention_mask.ndim == 4):
+    if window or isinstance(attention_mask, Tensor):
         if attached is not None and attached.sparse:
             raise ValueError(
                 f"layer {attached.layer.index} got an attention mask that is not plain causal "
                 "(packed documents, an overlay, a 4-d attention_mask, or under torch.compile no "
-                "attention_mask, which transformers reads as packed): pass a 2-d attention_mask "
-                'and one document a row, or use mode="dense"'
+                "attention_mask, which transformers reads as packed), or accelerate() was opened "
+                "during this call: pass a 2-d attention_mask and one document a row, or use "
+                'mode="dense"'
             )
         if attached is not None:
             k_len = key.shape[2] if attention_mask is None else attention_mask.shape[-1]
@@ -209,7 +209,7 @@ def _attend(
         return compat.sdpa_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
         )
-    slots = slots_of(attention_mask, key)
+    slots = slots_of(attention_mask, key, key.shape[2])
     if key.shape[2] < slots.length:
         raise ValueError(
             f"a layer of the cache holds {key.shape[2]} tokens of {slots.length}: an earlier call "

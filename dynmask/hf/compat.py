@@ -164,6 +164,13 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return found
 
 
+def is_self_attention(module: nn.Module) -> bool:
+    """Say whether a module carries the marks of causal self-attention."""
+    return isinstance(getattr(module, "layer_idx", None), int) and (
+        getattr(module, "is_causal", False) is True
+    )
+
+
 def context_limit(model: nn.Module) -> int | None:
     """Return the longest input the configuration allows, in tokens; None if it names none."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
@@ -181,9 +188,7 @@ def text_config(model: nn.Module) -> Any:
 def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = []
     for name, module in model.named_modules():
-        if not isinstance(getattr(module, "layer_idx", None), int):
-            continue
-        if getattr(module, "is_causal", False) is not True:
+        if not is_self_attention(module):
             continue
         if not hasattr(getattr(module, "config", None), "_attn_implementation"):
             continue

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from dynmask.hf import compat
+from dynmask.hf.callmask import CallMask, OwnMask
 from dynmask.masks import Padding
 
-_SLOTS = "_dynmask_slots"
 
-
-class KeySlots:
+class KeySlots(CallMask):
     """The key slots that one forward pass attends to, shared by its layers.
 
     Args:
@@ -27,7 +26,10 @@ class KeySlots:
         whole: Whether every slot of every row holds a real token.
     """
 
+    ndim = 2
+
     def __init__(self, visible: Tensor):
+        super().__init__()
         self.visible = visible
         self.length = visible.shape[1]
         # One copy to the host for the whole forward pass: on a GPU each would wait for the device.
@@ -36,6 +38,19 @@ class KeySlots:
         self._padding: Padding | None = None
         self._dense: dict[int, Tensor] = {}
         self._sequences: dict[int, tuple[tuple[int, int], ...]] = {}
+
+    def to(
+        self, device: Any = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> KeySlots | Tensor:
+        """Return a copy on a device; with a ``dtype``, `visible` as ``attention_mask``."""
+        visible = self.visible.to(device=device, dtype=dtype, **options)
+        if dtype is not None:
+            return visible
+        if visible is self.visible:
+            return self
+        copy = KeySlots(visible)
+        copy._runs = self._runs
+        return copy
 
     @property
     def padding(self) -> Padding | None:
@@ -141,28 +156,29 @@ def key_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | CallMask | None = None,
     **arguments: Any,
-) -> Tensor | None:
+) -> CallMask:
     """Make the mask of one forward pass, as transformers' ``AttentionMaskInterface`` asks for it.
 
     Arguments are transformers' own; ``arguments`` are the further ones that go to its ``sdpa`` mask
     function unread.
 
     Returns:
-        For plain causal attention ``[B, K]`` bool, the real key slots up to the last query's own
-        (a StaticCache is cut to its used part). For anything else (sliding window, chunks, packed
-        documents, overlays) the mask that transformers makes for ``sdpa``: ``[B, 1, Q, K]``, or
-        None where a local window is not yet full.
+        For plain causal attention `KeySlots`, the real key slots up to the last query's own (a
+        StaticCache is cut to its used part). For anything else (sliding window, chunks, packed
+        documents, overlays) `OwnMask`, the mask that transformers makes for ``sdpa``.
 
     Raises:
         ValueError: If ``attention_mask`` does not reach to the last token.
     """
+    if isinstance(attention_mask, CallMask):
+        return attention_mask  # ``generate`` has had it made before the call.
     if kv_offset != 0 or not compat.is_plain_causal(mask_function):
         # A skipped mask means plain causal to `sdpa`; only a window that is not full is that.
         if arguments.get("local_size") is None:
             arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return compat.sdpa_mask(
+        mask = compat.sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -172,6 +188,7 @@ def key_mask(
             attention_mask=attention_mask,
             **arguments,
         )
+        return OwnMask(mask)
     length = min(kv_length, int(q_offset) + q_length)
     if attention_mask is None:
         visible = torch.ones(
@@ -184,16 +201,11 @@ def key_mask(
         )
     else:
         visible = attention_mask[:, :length].bool().contiguous()
-    setattr(visible, _SLOTS, KeySlots(visible))
-    return visible
+    return KeySlots(visible)
 
 
-def slots_of(attention_mask: Tensor | None, key: Tensor) -> KeySlots:
-    """Return the key slots behind a mask that ``key_mask`` made.
-
-    The mask carries them; one that was copied on its way (to another device, say) is read again.
-    """
-    if attention_mask is None:
-        attention_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    slots = getattr(attention_mask, _SLOTS, None)
-    return slots if isinstance(slots, KeySlots) else KeySlots(attention_mask.bool())
+def slots_of(mask: KeySlots | None, key: Tensor, length: int) -> KeySlots:
+    """Return the key slots behind a mask; without one, ``length`` slots, all of them real."""
+    if mask is not None:
+        return mask
+    return KeySlots(torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device))

@@ -337,7 +337,7 @@ def test_mask_that_is_not_causal_is_never_left_out():
         kv_length=4,
         mask_function=bidirectional_mask_function,
         allow_is_bidirectional_skip=True,
-    )
+    ).mask
     assert mask.shape == (1, 1, 4, 4)
     assert mask.all()
 
