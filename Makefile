@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 WORKERS ?= auto
+EXTRAS := .venv-extras
 
-.PHONY: demo test test-gpu check docs bench report clean
+.PHONY: demo test test-gpu test-extras check docs bench report clean
 
 demo: $(INSTALLED)
 	$(BIN)/dynmask demo --out demo-out
@@ -18,6 +19,12 @@ test: $(INSTALLED)
 test-gpu:
 	$(PYTHON) -m pytest -q tests/masks/test_*triton*.py tests/ops/test_*triton*.py \
 	  tests/dam/test_*kernel*.py $(PYTEST)
+
+# The examples with what development does not install: peft, lm-eval and transformers' server. In a
+# venv of its own, and no part of .ci/run. Without the import these tests would skip themselves.
+test-extras: $(EXTRAS)/installed
+	$(EXTRAS)/bin/python -c 'import fastapi, lm_eval, openai, peft, uvicorn'
+	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS) -q tests/examples $(PYTEST)
 
 check: $(INSTALLED) docs
 	$(BIN)/ruff check .
@@ -42,5 +49,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  -c constraints.txt -e '.[hf,eval,report,train,docs,dev]'
 	touch $(INSTALLED)
 
+$(EXTRAS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[hf,train,dev]' lm-eval peft 'transformers[serving]'
+	touch $@
+
 clean:
-	rm -rf .venv demo-out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(EXTRAS) demo-out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
