@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import io
 import json
+import lzma
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def arguments(data: bytes) -> None:
 def seeds() -> dict[str, list[bytes]]:
     """Return valid inputs of every target, to start from."""
     body, tensors = _saved()
+    lines = b'{"text": "one"}\n{"text": "two"}'
     recipes = [Path(path).read_bytes() for path in sorted(_recipes().glob("*.yaml"))]
     return {
         "plan_json": [json.dumps(body).encode()],
@@ -155,14 +157,28 @@ def seeds() -> dict[str, list[bytes]]:
         "plan_tensors": [tensors, save({"0.corner": torch.zeros(2, 5, dtype=torch.uint8)})],
         "recipe": recipes,
         "setting": [b"lr=1e-3", b"phases.0.steps=7", b"model.rope={a: [1, .inf]}", b"data.type=x"],
-        "texts": [b'{"text": "one"}\n{"text": "two"}', b"plain"],
+        "texts": [lines, b"plain", lzma.compress(lines), lzma.compress(b"plain")],
         "arguments": [
             b"calibrate --out p --tau 0.1 --texts a.txt b.jsonl --json",
             b"eval longeval --plan p --mode static --lines 4 --n 2",
             b"train --recipe tiny --out o --set lr=1e-3",
             b"report --plan p --results a.json --out r.html --debug",
+            *(" ".join(words).encode() for words in _every_option()),
         ],
     }
+
+
+def _every_option() -> Iterator[list[str]]:
+    """Yield a command line for each option of each subcommand."""
+    for name in COMMANDS:
+        commands = next(
+            action for action in build_parser([name])._actions if isinstance(action.choices, dict)
+        )
+        assert commands.choices is not None
+        for action in commands.choices[name]._actions:
+            value = next(iter(action.choices or ["1"]))
+            if action.option_strings and "--help" not in action.option_strings:
+                yield [name, action.option_strings[-1], *([str(value)] * (action.nargs != 0))]
 
 
 def _recipes() -> Path:
