@@ -22,6 +22,8 @@ from dynmask.ops.reference import accumulation_dtype
 # Room for new tokens when the old is used up, as a part of the tokens there are.
 _PART = 16
 _LEAST = 256
+# Numbers that are quantized at once, in float32.
+_CELLS = 1 << 24
 
 # A tensor made in inference mode could not be written outside of it.
 _outlasts_inference_mode = torch.inference_mode(False)
@@ -223,24 +225,28 @@ class PagedKeys:
         """Make what is missing for whole blocks."""
         assert self.settings is not None
         assert self._k is not None
-        assert self._v is not None
-        block = self.settings.block
+        block, (batch, groups, _, dim) = self.settings.block, self._k.shape
         pages = self.tokens // block
-        if pages == self._pages:
-            return
-        new, span = slice(self._pages, pages), slice(self._pages * block, pages * block)
-        of_keys = self.keys[:, :, span].unflatten(2, (-1, block))
-        self._k[:, :, new] = of_keys.mean(3)
-        self._v[:, :, new] = self.values[:, :, span].unflatten(2, (-1, block)).mean(3)
-        if self._keeps_codes():
-            found = Quantized.of(of_keys)
-            if self._codes is None:
-                self._codes = found.each(lambda t: _padded(t, self._front - t.shape[2]))
-            else:
-                for field in fields(found):
-                    held: Tensor = getattr(self._codes, field.name)
-                    held[:, :, new] = getattr(found, field.name)
+        most = max(1, _CELLS // (batch * groups * block * dim))
+        for begin in range(self._pages, pages, most):
+            self._summarise_blocks(slice(begin, min(begin + most, pages)), block)
         self._pages = pages
+
+    def _summarise_blocks(self, new: slice, block: int) -> None:
+        assert self._k is not None
+        assert self._v is not None
+        tokens = slice(new.start * block, new.stop * block)
+        of_keys = self.keys[:, :, tokens].unflatten(2, (-1, block))
+        self._k[:, :, new] = of_keys.mean(3)
+        self._v[:, :, new] = self.values[:, :, tokens].unflatten(2, (-1, block)).mean(3)
+        if not self._keeps_codes():
+            return
+        found = Quantized.of(of_keys)
+        if self._codes is None:
+            self._codes = found.each(lambda t: _padded(t[:, :, :0], self._front))
+        for field in fields(found):
+            held: Tensor = getattr(self._codes, field.name)
+            held[:, :, new] = getattr(found, field.name)
 
     def _keeps_codes(self) -> bool:
         assert self._k is not None

@@ -229,6 +229,19 @@ def test_four_bits_are_within_half_a_step(dtype):
     assert torch.equal(found.keys()[0, 0, 0, :, 3], wide[0, 0, 0, :, 3])
 
 
+def test_blocks_are_summarised_in_parts(monkeypatch):
+    q, k, v = tensors(111)
+    steps = []
+    for cells in (1 << 24, 3 * B * G * BLOCK * D, 1):
+        monkeypatch.setattr("dynmask.dam.paged._CELLS", cells)
+        paged = PagedKeys(SETTINGS, quantized=True)
+        for first, last in ((0, 50), (50, 111)):
+            paged.append(k[:, :, first:last], v[:, :, first:last])
+        steps.append(paged.attend(q[:, :, -1:]).out)
+    assert steps[0].equal(steps[1])
+    assert steps[0].equal(steps[2])
+
+
 def test_keys_in_four_bits_choose_much_the_same():
     settings = Dynamic(**{**vars(SETTINGS), "block": 16, "tile": 16, "coverage": 0.95})
     length, exact, coarse = 800, PagedKeys(settings), PagedKeys(settings, quantized=True)
