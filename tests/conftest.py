@@ -1,6 +1,7 @@
 """What all tests share. Here also so that pytest puts this folder on the path."""
 
 import os
+import random
 import warnings
 
 import pytest
@@ -11,6 +12,29 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def seed():
+    # Of no test's own generators: what two draws share would make tests weaker.
+    random.seed(20_260_601)
+    torch.manual_seed(20_260_601)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Begin each test with the same random numbers, whatever its worker has run before."""
+    seed()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Make what several tests share the same whichever of them comes first, and them too."""
+    if fixturedef.scope == "function":
+        return (yield)
+    seed()
+    made = yield
+    seed()
+    return made
 
 
 @pytest.fixture(scope="session")

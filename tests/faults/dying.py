@@ -21,7 +21,7 @@ def child(work: Callable[[], object]) -> int:
     if pid == 0:
         code = 1
         try:
-            signal.alarm(120)
+            signal.alarm(900)  # A guard against hanging alone.
             work()
             code = 0
         except BaseException:

@@ -189,7 +189,7 @@ def run(words, **streams):
         [sys.executable, "-m", "dynmask", *words],
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         **streams,
     )

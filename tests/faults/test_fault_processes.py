@@ -39,7 +39,7 @@ def test_spawned_child_loads_the_plan_and_generates(plan, tmp_path):
         expected = tokens(model)
         process = context.Process(target=by_itself, args=(folder, answers))
         process.start()
-        process.join(120)
+        process.join(600)
     assert process.exitcode == 0
     assert answers.get() == expected.tolist()
     made = MaskPlan.load(folder + "-of-the-child")

@@ -128,7 +128,7 @@ def test_status_of_a_tool(sanitizer, tmp_path, monkeypatch, log, calls, status):
     calling.write_text("".join(f"print('CALL {name} ok')\n" for name in calls or ["one"]))
     monkeypatch.setattr(sanitizer, "SCRIPT", calling)
     program = stand_in(tmp_path, log, ends=calls is not None)
-    limit = 60 if calls is not None else 1
+    limit = 600 if calls is not None else 1
     expected = {"one", "two"}
     found = sanitizer.under("initcheck", program, [], limit, expected=expected)
     assert found["status"] == status

@@ -65,7 +65,7 @@ def test_killed_training_ends_with_the_same_weights(tmp_path):
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
     )

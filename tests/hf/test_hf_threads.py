@@ -43,7 +43,7 @@ def together(work, count=2):
 
     def run(number):
         try:
-            found[number] = work(number, lambda: barrier.wait(20))
+            found[number] = work(number, lambda: barrier.wait(120))
         except Exception as error:
             barrier.abort()
             found[number] = error
@@ -94,7 +94,7 @@ def test_of_two_threads_that_attach_at_once_one_is_refused(monkeypatch):
     meet = threading.Barrier(2)
     register = attach.compat.register
     # Both have found the model free by then.
-    monkeypatch.setattr(attach.compat, "register", lambda *a: (meet.wait(20), register(*a)))
+    monkeypatch.setattr(attach.compat, "register", lambda *a: (meet.wait(120), register(*a)))
     found = together(lambda number, step: accelerate(model))
     run, error = sorted(found, key=lambda each: isinstance(each, ValueError))
     assert "inside accelerate() already" in str(error)

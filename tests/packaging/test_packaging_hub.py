@@ -97,7 +97,7 @@ def run(code, folder, **environment):
         text=True,
         cwd=folder,
         env=env,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

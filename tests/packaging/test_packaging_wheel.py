@@ -95,7 +95,7 @@ def installed(wheel, tmp_path_factory):
             text=True,
             cwd=elsewhere,
             env=env,
-            timeout=120,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -29,7 +29,7 @@ def launch(logs, worker, *args):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,7 +45,7 @@ def outcomes(worker, folder, *args):
 def run(cases, out):
     """In a worker: call each case in all processes, and write the outcomes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
     found = {}
     for name, case in cases.items():
         failure = None

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -49,6 +50,10 @@ def find():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+class Navigated(Exception):
+    """The page was replaced by the next one before it answered."""
+
+
 class Browser:
     """One browser with one tab."""
 
@@ -67,19 +72,27 @@ class Browser:
             os.close(end)
         self._buffer, self._last, self._session = b"", 0, None
         self.console, self.requests = [], []
-        targets = self.send("Target.getTargets")["targetInfos"]
-        (page,) = [t["targetId"] for t in targets if t["type"] == "page"]
-        attached = self.send("Target.attachToTarget", targetId=page, flatten=True)
+        attached = self.send("Target.attachToTarget", targetId=self._page(), flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
+
+    def _page(self):
+        """The tab's id: the browser answers before it is there."""
+        end = time.monotonic() + 120
+        while True:
+            targets = self.send("Target.getTargets")["targetInfos"]
+            if pages := [target["targetId"] for target in targets if target["type"] == "page"]:
+                return pages[0]
+            assert time.monotonic() < end, targets
+            time.sleep(0.02)
 
     def close(self):
         with contextlib.suppress(Exception):
             self.send("Browser.close")
         os.close(self._commands)
         try:
-            self._process.wait(10)
+            self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -95,11 +108,13 @@ class Browser:
         while True:
             answer = self._receive()
             if answer.get("id") == self._last:
+                if re.search("navigated|context", answer.get("error", {}).get("message", "")):
+                    raise Navigated(method)
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
     def _receive(self):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._answers], [], [], max(0, end - time.monotonic()))
             part = os.read(self._answers, 2**20) if ready else b""
@@ -126,7 +141,9 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **metrics)
+        # Else the page of before, which may be the same one, could be taken for the new one.
         self.send("Page.navigate", url="about:blank")
+        self.until("location.href === 'about:blank'")
         self.console, self.requests = [], []
         self.reload(page)
 
@@ -145,8 +162,11 @@ class Browser:
 
     def until(self, expression):
         """Wait until an expression is true."""
-        end = time.monotonic() + 20
-        while not self.run(expression):
+        end = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(Navigated):
+                if self.run(expression):
+                    return
             assert time.monotonic() < end, expression
             time.sleep(0.02)
 
