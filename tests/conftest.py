@@ -6,12 +6,18 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Where the tensors of kernel tests live. Without a GPU, Triton's interpreter runs the kernels; it
 # is chosen when triton is imported, so before any test module is.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Else as it was; under CI that is the same cases each time. A busy machine is slow, not wrong.
+patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("patient", settings(), **patient)
+settings.load_profile("patient")
 
 
 def seed():

@@ -81,10 +81,15 @@ RIGHT = {
 
 def run(code, folder, **environment):
     """Run code in a process of its own: the hub's address is read when its client is imported."""
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
     env = {
-        **os.environ,
+        **mine,
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
         "HF_HOME": str(folder / "home"),
         "HF_TOKEN": "hf_local",
+        "HF_HUB_ETAG_TIMEOUT": "300",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "300",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
