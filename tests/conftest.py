@@ -43,6 +43,14 @@ def pytest_fixture_setup(fixturedef):
     return made
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Commands write plain text of 80 columns, here and in processes of their own."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """``"cuda"`` if there is a GPU, else ``"cpu"``."""

@@ -262,7 +262,7 @@ def test_bad_input_is_exit_code_2_and_one_sentence(case, capsys, tmp_path, model
         "other": save_model(tmp_path / "other", seed=1) if "{other}" in words else "",
     }
     before = sorted(path.name for path in tmp_path.iterdir())
-    code, document, err = call(capsys, *words.format(**places).split())
+    code, document, err = call(capsys, *(word.format(**places) for word in words.split()))
     assert code == BAD_INPUT
     assert document["exit_code"] == BAD_INPUT
     assert expected in document["error"]

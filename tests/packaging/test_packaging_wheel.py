@@ -16,13 +16,15 @@ import dynmask
 
 pytest.importorskip("hatchling", reason="what builds the wheel: pip install hatchling")
 ROOT = Path(__file__).parents[2]
+# Whatever the user has set for pip.
+PIP = [sys.executable, "-m", "pip", "--isolated"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    subprocess.run([sys.executable, *command, "-w", folder, ROOT], check=True, cwd=folder)
+    command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    subprocess.run([*command, "-w", folder, ROOT], check=True, cwd=folder)
     (path,) = folder.iterdir()
     return path
 
@@ -83,8 +85,8 @@ def test_metadata(metadata, content):
 def installed(wheel, tmp_path_factory):
     """``installed(arguments)`` runs python in an empty folder, with the wheel before all else."""
     site = tmp_path_factory.mktemp("site")
-    command = ["-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", site, wheel]
-    subprocess.run([sys.executable, *command], check=True)
+    command = [*PIP, "install", "--no-deps", "--no-index", "-q", "--target", site, wheel]
+    subprocess.run(command, check=True)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     env = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
