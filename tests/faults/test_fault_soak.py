@@ -24,11 +24,11 @@ TINY = {
 #: Of growth between the first reading and the last: 140 bytes and half an object a step.
 MOST_BYTES, MOST_BLOCKS = 2**20, (STEPS - EVERY) // 2
 #: What glibc's ``mallinfo2`` tells, in bytes where it is not a count.
-FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
 
 class Mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS.split()]
 
 
 def allocated() -> tuple[int, int]:

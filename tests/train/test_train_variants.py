@@ -318,8 +318,8 @@ def test_the_command_loads_and_measures_its_checkpoints(kind, tmp_path):
     sizes = {**MODEL, **TYPES[kind], "vocab_size": len(tokenizer), "max_position_embeddings": 2048}
     AutoModelForCausalLM.from_config(config(**sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    words = "--json eval longeval --lines 9 --n 2 --questions 2 --device cpu --model".split()
-    command = [sys.executable, "-m", "dynmask", *words, str(tmp_path)]
+    words = "--json eval longeval --lines 9 --n 2 --questions 2 --device cpu"
+    command = [sys.executable, "-m", "dynmask", *words.split(), "--model", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["quality"][0]["n"] == 2
