@@ -82,7 +82,8 @@ def test_equal_weights_equal_outputs(name):
     for key, x in inputs.items():
         expected = found[key.replace(".x.", ".y.")]
         out = layer(x, position_embeddings=angles(x.shape[1]))
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+        # Outputs reach 18: some float32 steps of that, which differ between processors.
+        torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
 
 
 BLOCKS = NsaBlocks(
