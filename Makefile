@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-WORKERS ?= auto
+# A worker takes some 1.5 GB: one for each of many cores would run out of memory.
+WORKERS ?= auto --maxprocesses 8
 EXTRAS := .venv-extras
 
 .PHONY: demo test test-gpu test-extras check docs bench report clean
