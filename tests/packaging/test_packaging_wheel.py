@@ -16,8 +16,8 @@ import dynmask
 
 pytest.importorskip("hatchling", reason="what builds the wheel: pip install hatchling")
 ROOT = Path(__file__).parents[2]
-# Whatever the user has set for pip.
-PIP = [sys.executable, "-m", "pip", "--isolated"]
+# Whatever the user has set for pip, and without a home.
+PIP = [sys.executable, "-m", "pip", "--isolated", "--no-cache-dir"]
 
 
 @pytest.fixture(scope="module")
