@@ -150,15 +150,12 @@ def dynamic_attention(
     begin = k_len - q_len
     with clock:
         keys = Keys.build(k, v, block=settings.block, tile=settings.tile, marks=settings.landmarks)
-    outs = []
-    shown = torch.zeros((), dtype=torch.int64, device=q.device)
-    computed = shown.clone()
+    outs, shown, computed = [], [], []
     for first, last in _parts(q, k, settings):
         part = q[:, :, first - begin : last - begin]
         with clock, torch.no_grad():
             choice = select(part, keys, settings, first=first, scale=scale)
-            seen = choice.shown_pairs(first, last)
-            shown += seen * (q.shape[1] // k.shape[1])
+            shown.append(choice.shown_pairs(first, last))
         if gathered:
             out = attend_gathered(part, keys, choice, first=first, scale=scale)
             pairs, ran = choice.gathered_pairs(first, last), "cpu"
@@ -166,12 +163,18 @@ def dynamic_attention(
             out, ran = _attend(part, keys, choice, last, scale, impl, clock)
             # Dense kernels evaluate every pair, whatever the mask shows.
             every = k.shape[0] * k.shape[1] * (last * (last + 1) - first * (first + 1)) // 2
-            pairs = seen if ran == "triton" else torch.tensor(every)
-        computed += pairs * (q.shape[1] // k.shape[1])
+            pairs = shown[-1] if ran == "triton" else torch.tensor(every, device=q.device)
+        computed.append(pairs)
         outs.append(out)
     causal = q.shape[0] * q.shape[1] * (k_len * (k_len + 1) - begin * (begin + 1)) // 2
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-    return out, Ran(causal, shown, computed, ran)
+    ratio = q.shape[1] // k.shape[1]
+    shown_pairs = torch.stack(shown).sum() * ratio
+    # The same tensors where the masks are all that is computed.
+    same = all(a is b for a, b in zip(shown, computed, strict=True))
+    return out, Ran(
+        causal, shown_pairs, shown_pairs if same else torch.stack(computed).sum() * ratio, ran
+    )
 
 
 def runs_gathered(q: Tensor, k: Tensor, v: Tensor, impl: str) -> bool:

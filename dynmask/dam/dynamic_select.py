@@ -44,23 +44,36 @@ class Choice:
 
         A summary counts as one key.
         """
-        begin, end = self._rows(first, last)
-        near = self.far * self.block
-        causal = (end - begin) * (begin - near) + (end - begin) * (end - begin + 1) // 2
-        return (self._far_keys() * (end - begin) + causal).sum()
+        near, begin, own = self._on_host(first, last)
+        always = int((own * (near // self.block + begin - near) + own * (own + 1) // 2).sum())
+        return self._kept_rows(own) * (self.block - 1) + always * self._heads
 
     def gathered_pairs(self, first: int, last: int) -> Tensor:
         """Count the pairs that `attend_gathered` evaluates for these rows, kv heads once."""
-        begin, end = self._rows(first, last)
-        return ((self._far_keys() + end - self.far * self.block) * (end - begin)).sum()
+        near, begin, own = self._on_host(first, last)
+        always = int((own * (near // self.block + begin + own - near)).sum())
+        return self._kept_rows(own) * (self.block - 1) + always * self._heads
 
-    def _far_keys(self) -> Tensor:
-        return self.far + self.kept.sum(-1) * (self.block - 1)
+    @property
+    def _heads(self) -> int:
+        return self.kept.shape[0] * self.kept.shape[1]
 
-    def _rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Return ``[T]`` first rows of the tiles and ``[T]`` ends, cut to the rows at hand."""
-        tile = torch.arange(self.top, self.top + len(self.far), device=self.far.device)
-        return (tile * self.tile).clamp_min(first), ((tile + 1) * self.tile).clamp_max(last)
+    def _on_host(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``[T]`` on the CPU: keys of far blocks, first row of a tile, rows of it."""
+        begin = torch.arange(self.top, self.top + len(self.far)) * self.tile
+        near = (begin - self.near).clamp_min(0) // self.block * self.block
+        stop = (begin + self.tile).clamp_max(last)
+        begin = begin.clamp_min(first)
+        return near, begin, stop - begin
+
+    def _kept_rows(self, own: Tensor) -> Tensor:
+        """Return ``[]`` int64: the kept blocks, each as often as its tile has rows."""
+        rows = self.kept.sum() * self.tile
+        # Few launches: only the first and the last tile may have fewer rows.
+        for at in {0, len(own) - 1}:
+            if lacking := self.tile - int(own[at]):
+                rows -= self.kept[:, :, at].sum() * lacking
+        return rows
 
     def blocks(self, keys: Keys, last: int) -> Blocks:
         """Return the mask over ``keys`` up to position ``last``, one slot a block.
@@ -76,7 +89,8 @@ class Choice:
         at = end - width
         far = end[..., -1:] if count else width.new_zeros(batch, groups, tiles, 1)
         near = self.far * self.block
-        _, stop = self._rows(0, last)
+        stop = self.top * self.tile + torch.arange(1, tiles + 1, device=device) * self.tile
+        stop.clamp_max_(last)
         counts = far[..., 0] + stop - near
         most = int(counts.max())
         # Column ``most`` takes what is no entry.
