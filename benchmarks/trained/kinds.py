@@ -20,7 +20,7 @@ there they this to up very was we were what when which who will with would you y
 COMMON = frozenset(_WORDS.split())
 """The words that English prose uses most."""
 
-TEXT = ("line start", "punctuation", "digit", "capitalised", "common word", "other word")
+TEXT = ("line start", "punctuation, space", "digit", "capitalised", "common word", "other word")
 RECALL = ("key, first", "value, first", "key, asked", "value, asked", "filler")
 
 
@@ -41,8 +41,8 @@ def kinds_of_text(tokenizer: Any, ids: Sequence[int]) -> Kinds:
     """Types of the tokens of running text: the first of `TEXT` that fits.
 
     A line start is a token with a newline in it, or the first one behind; a digit token has a digit
-    and a punctuation token neither letter nor digit. A token within a word is of its word's type:
-    a word is common, or capitalised if its first letter is a capital.
+    and one of punctuation or space neither letter nor digit. A piece of a word is of the
+    word's type: that is common, or capitalised if its first letter is a capital.
     """
     pieces = [tokenizer.decode([token]) for token in ids]
     text, owner = "", []
@@ -61,7 +61,7 @@ def kinds_of_text(tokenizer: Any, ids: Sequence[int]) -> Kinds:
         elif any(letter.isdigit() for letter in piece):
             kind = "digit"
         elif not word:
-            kind = "punctuation"
+            kind = "punctuation, space"
         elif word.lower() in COMMON:
             kind = "common word"
         else:

@@ -130,10 +130,9 @@ class Mechanism(Runner):
         wanted = self.ablations.evaluation[cell.part]
         found = self.on_text(model, tokenizer, wanted) if tokenizer else recall(model, cell, wanted)
         found["parameters"] = parameters(model)
-        keep = model.config.keep
-        if keep is None or self.ablations.near(cell.method, cell.part):
-            return found  # Their rows see other keys than the scores pick.
         windows = found.pop("windows")
+        if model.config.keep is None or self.ablations.near(cell.method, cell.part):
+            return found  # Their rows see other keys than the scores pick.
         sizes = {"first": wanted["first"], "last": wanted["last"]}
         if cell.method != BASE:
             return found | {"picks": [statistics(model, windows, **sizes)]}
