@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from grid import Row
-from picks_draw import lives, masks, shares
-from trained_page import against, finished, names, origin, spread, table
+from picks_draw import KEPT, SOFT, lives, masks, shares, svg
+from trained_page import against, change, finished, names, origin, spread, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 BASE = "base"
@@ -90,6 +90,9 @@ def page(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
         mine = [row for row in rows if row["part"] == task]
         parts += [f"## {TITLES[task]}\n"]
         parts += [on_recall(mine) if task == "recall" else on_text(mine)]
+        name = f"mechanism-{task}-rows.svg"
+        parts += [verdict(mine), f"![Each row against base]({name})\n"]
+        pictures[name] = dots(mine, task)
         base = [row for row in mine if row["method"] == BASE and "picks" in row]
         if base:
             text, drawn = what_is_kept(task, base)
@@ -134,7 +137,8 @@ def on_recall(rows: Sequence[Row]) -> str:
     counts = [at["pairs"] for at in some["recall"]]
     length, data = some["recall"][0]["length"], some["recipe"]["data"]
     base = {row["seed"]: row for row in runs[BASE]}
-    lines, changed = [], []
+    lines: list[list[str]] = []
+    changed: list[list[str]] = []
     for name, mine in runs.items():
         if not mine:
             lines.append([name, "", "", "", "diverged", *[""] * len(counts)])
@@ -198,12 +202,18 @@ def accuracy(found: Sequence[Row]) -> str:
 
 
 def difference(pairs: Sequence[tuple[Row, Row]]) -> str:
-    """Mean difference of accuracies in points, with 1.96 standard errors of the rows of both."""
+    """Mean difference of accuracies in points with its interval, see `gap`."""
     if not pairs:
         return ""
+    mean, error = gap(pairs)
+    return f"{mean:+.1f} ± {error:.1f}"
+
+
+def gap(pairs: Sequence[tuple[Row, Row]]) -> tuple[float, float]:
+    """Mean difference of accuracies in points, and 1.96 standard errors of the rows of both."""
     mean = 100 * statistics.fmean(a["accuracy"] - b["accuracy"] for a, b in pairs)
     error = 196 * math.sqrt(sum(a["error"] ** 2 + b["error"] ** 2 for a, b in pairs)) / len(pairs)
-    return f"{mean:+.1f} ± {error:.1f}"
+    return mean, error
 
 
 def on_text(rows: Sequence[Row]) -> str:
@@ -213,7 +223,8 @@ def on_text(rows: Sequence[Row]) -> str:
     length = some["recipe"]["phases"][-1]["length"]
     base = {row["seed"]: row["perplexity"]["rows"] for row in runs[BASE]}
     with_lines = "lines" in some
-    lines, changed = [], []
+    lines: list[list[str]] = []
+    changed: list[list[str]] = []
     for name, mine in runs.items():
         if not mine:
             lines.append([name, "", "", "", "diverged", ""])
@@ -269,12 +280,13 @@ def lines_asked(rows: Sequence[Row]) -> str:
     return f"{100 * statistics.fmean(marks):.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
-KEPT = """\
+WHAT = """\
 ### What its scores keep
 
 Base, seed {seed}, {windows} windows of {length} tokens, w = {keep}; only rows that have a choice
-count. Left the keys that each row sees in one window: a key's column begins at the diagonal and
-ends where {keep} better ones have come. Layers count from 0.
+count. The picture shows the keys that each row sees in one window, in blue: a key's column begins
+at the diagonal and ends where {keep} better ones have come. Rows above the dotted line see all.
+Layers count from 0.
 """
 
 
@@ -287,9 +299,9 @@ def what_is_kept(task: str, base: Sequence[Row]) -> tuple[str, dict[str, str]]:
         f"mechanism-{task}-types.svg": shares(own),
         f"mechanism-{task}-lives.svg": lives(first["picks"]),
     }
-    said = KEPT.format(
+    said = WHAT.format(
         seed=first["seed"], windows=own["windows"], length=own["length"], keep=own["keep"]
-    ).replace("Left the keys", "The keys")
+    )
     parts = [said, f"![Keys that each row sees](mechanism-{task}-masks.svg)\n"]
     parts += [
         "Share of the kept pairs by type and position, over their share of all causal pairs (in "
@@ -323,28 +335,29 @@ def over_keep(base: Sequence[Row]) -> str:
     lines = []
     some = base[0]["picks"]
 
-    def add(name: str, of: Callable[[Row], float], form: str) -> None:
-        lines.append(
-            [
-                name,
-                *(spread([of(row["picks"][at]) for row in base], form) for at in range(len(some))),
-            ]
-        )
+    def add(name: str, of: Callable[[Row], float], form: str, whole: str = "") -> None:
+        found = (spread([of(row["picks"][at]) for row in base], form) for at in range(len(some)))
+        lines.append([name, whole, *found])
 
     for part in ("types", "places"):
         for name, at in some[1][part].items():
             if at["causal"]:
                 said = {"first": f"first {some[1]['first']}", "last": f"last {some[1]['last']}"}
                 add(
-                    f"{said.get(name, name) if part == 'places' else name}, share of kept, %",
+                    said.get(name, name) if part == "places" else name,
                     lambda p, part=part, name=name: 100 * mean_of(p[part][name]["kept"]),  # type: ignore[misc]
                     ".1f",
+                    f"{100 * at['causal']:.1f}",
                 )
-    add("keys never admitted, %", lambda p: 100 * (1 - mean_of(p["admitted"])), ".1f")
-    add("shared by two kv heads of a layer, %", lambda p: 100 * mean_of(p["overlap"]), ".1f")
-    add("the same by chance, %", lambda p: 100 * p["by_chance"], ".1f")
-    add("kept at own w too, %", lambda p: 100 * mean_of(p["kept_by_own"]), ".1f")
-    return table(["", *(f"w = {row['keep']}" for row in some)], lines)
+    add("keys never admitted", lambda p: 100 * (1 - mean_of(p["admitted"])), ".1f")
+    add("shared by two kv heads of a layer", lambda p: 100 * mean_of(p["overlap"]), ".1f")
+    add("the same by chance", lambda p: 100 * p["by_chance"], ".1f")
+    add(
+        f"kept in both, at it and at w = {some[1]['keep']}",
+        lambda p: 100 * mean_of(p["kept_by_own"]),
+        ".1f",
+    )
+    return table(["%", "of all pairs", *(f"w = {row['keep']}" for row in some)], lines)
 
 
 def by_layer(base: Sequence[Row]) -> str:
@@ -363,6 +376,70 @@ def by_layer(base: Sequence[Row]) -> str:
     ]
     head = ["layer", "shared by two kv heads, %", f"of w = {half} kept at own w, %"]
     return table([*head, f"of own w kept at w = {double}, %"], lines)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Which rows are better and worse than base beyond the test's interval, and which are not."""
+    runs = listed(rows)
+    base = {row["seed"]: row for row in runs[BASE]}
+    found: dict[str, list[str]] = {"better": [], "worse": [], "neither": []}
+    for name, mine in runs.items():
+        pairs = [(row, base[row["seed"]]) for row in mine if row["seed"] in base]
+        if name == BASE or not pairs:
+            continue
+        if "recall" in pairs[0][0]:
+            mean, error = gap([(a["recall"][-1], b["recall"][-1]) for a, b in pairs])
+            low, high = mean - error, mean + error
+        else:
+            both = [(b["perplexity"]["rows"], a["perplexity"]["rows"]) for a, b in pairs]
+            low, _, high = change(both)
+        found["better" if low > 0 else "worse" if high < 0 else "neither"].append(name)
+    said = [f"{what}: {', '.join(each) or 'none'}" for what, each in found.items()]
+    seeds = len(base)
+    return (
+        f"Beyond the test's interval, against base: {'; '.join(said)}. With {seeds} "
+        f"seed{'s' if seeds > 1 else ''} that is said of these runs; what another seed would do is "
+        f"{'in the brackets' if seeds > 1 else 'not known'}.\n"
+    )
+
+
+def dots(rows: Sequence[Row], task: str) -> str:
+    """Each run's accuracy with most pairs, or change of perplexity, with the test's interval."""
+    runs = {name: mine for name, mine in listed(rows).items() if mine}
+    base = {row["seed"]: row for row in runs[BASE]}
+    with svg(6.4, 0.26 * len(runs) + 0.8, 1, 1) as (_, panels, made):
+        axes = panels[0][0]
+        for y, mine in enumerate(runs.values()):
+            for row in mine:
+                low, value, high = bounds(row, base.get(row["seed"], row))
+                axes.plot([low, high], [y, y], color=KEPT, lw=1.2, alpha=0.7)
+                axes.plot([value], [y], "o", color=KEPT, ms=4)
+        axes.axvline(
+            statistics.fmean(bounds(row, row)[1] for row in runs[BASE]),
+            color=SOFT,
+            lw=0.7,
+            ls=":",
+        )
+        axes.set_yticks(range(len(runs)), list(runs))
+        axes.set_ylim(len(runs) - 0.5, -0.5)
+        if task == "recall":
+            pairs = runs[BASE][0]["recall"][-1]["pairs"]
+            axes.axvline(100 / pairs, color=SOFT, lw=0.7)
+            axes.set_xlim(left=0)
+            axes.set_xlabel(f"right with {pairs} pairs, %; line: a guess among the row's values")
+        else:
+            axes.set_xlabel("change of perplexity against base at the same seed, %")
+    return made[0]
+
+
+def bounds(row: Row, base: Row) -> tuple[float, float, float]:
+    """A run's figure between the ends of its 95 % interval, in percent."""
+    if "recall" in row:
+        at = row["recall"][-1]
+        value, error = 100 * at["accuracy"], 196 * at["error"]
+        return value - error, value, value + error
+    low, value, high = change([(row["perplexity"]["rows"], base["perplexity"]["rows"])])
+    return 100 * low, 100 * value, 100 * high
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

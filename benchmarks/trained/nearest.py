@@ -47,7 +47,7 @@ def nearest(count: int) -> Iterator[None]:
         k, v, score, mask = chosen(self, *args)
         return k, v, score, widened(mask, count)
 
-    DynamicMaskAttention._select = select  # type: ignore[method-assign]
+    DynamicMaskAttention._select = select  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -310,6 +310,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    if model.config.model_type != "dma":
+        parser.error(f"{args.model} holds a {model.config.model_type} model, not a DMA one")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     keep = model.config.keep
     length = args.length or 4 * keep if isinstance(keep, int) else 0

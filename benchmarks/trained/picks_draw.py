@@ -20,7 +20,7 @@ def svg(width: float, height: float, rows: int, columns: int) -> Iterator[tuple[
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.hashsalt": "dynmask",
         "svg.fonttype": "path",
         "font.size": 8,
@@ -57,16 +57,24 @@ def masks(expiry: Sequence[Any], keep: int) -> str:
     """The kept keys of every row, a panel for each layer and kv head."""
     table = np.array(expiry)
     layers, heads, length = table.shape
-    key = np.arange(length)
+    # No picture shows more than some hundred rows.
+    key = np.arange(0, length, max(1, length // 512))
     row = key[:, None]
     with svg(2.1 * layers + 0.5, 2.1 * heads + 0.6, heads, layers) as (_, panels, made):
         for layer in range(layers):
             for head in range(heads):
-                seen = (key <= row) & (row < table[layer, head])
+                seen = (key <= row) & (row < table[layer, head][key])
                 shade = np.where(seen, 2, np.where(key <= row, 1, 0))
                 axes = panels[head][layer]
-                axes.imshow(shade, cmap=_three(), vmin=0, vmax=2, interpolation="nearest")
-                axes.axhline(keep - 0.5, color=SOFT, lw=0.5, ls=":")
+                axes.imshow(
+                    shade,
+                    cmap=_three(),
+                    vmin=0,
+                    vmax=2,
+                    interpolation="nearest",
+                    extent=(0, length, length, 0),
+                )
+                axes.axhline(keep, color=SOFT, lw=0.5, ls=":")
                 axes.set_title(f"layer {layer}, kv head {head}", loc="left")
                 axes.set_xticks([0, length // 2, length])
                 axes.set_yticks([0, length // 2, length])
@@ -86,51 +94,43 @@ def _three() -> Any:
 
 def shares(own: Row) -> str:
     """Kept pairs by type and by position over what chance would keep, by layer and kv head."""
-    parts = [("by type of token", own["types"]), ("by position", own["places"])]
+    named = {**own["types"], **_positions(own)}
+    shown = {name: part for name, part in named.items() if part["causal"] > 0}
+    types = sum(part["causal"] > 0 for part in own["types"].values())
     heads = [
         (layer, head)
-        for layer, row in enumerate(next(iter(own["types"].values()))["kept"])
+        for layer, row in enumerate(next(iter(shown.values()))["kept"])
         for head in range(len(row))
     ]
-    sizes = [sum(part["causal"] > 0 for part in named.values()) for _, named in parts]
-    with svg(7.2, 0.3 * sum(sizes) + 1.3, 1, 2) as (figure, panels, made):
-        for axes, (title, named) in zip(panels[0], parts, strict=True):
-            shown = {name: part for name, part in named.items() if part["causal"] > 0}
-            ratio = np.array(
-                [
-                    [part["kept"][layer][head] / part["causal"] for layer, head in heads]
-                    for part in shown.values()
-                ]
-            )
-            image = axes.imshow(
-                np.log2(ratio.clip(2**-3, 2**3)), cmap="RdBu", vmin=-3, vmax=3, aspect="auto"
-            )
-            for y, line in enumerate(ratio):
-                for x, value in enumerate(line):
-                    dark = abs(np.log2(max(value, 0.01))) > 1.8
-                    axes.text(
-                        x,
-                        y,
-                        f"{value:.2f}" if value < 9.95 else f"{value:.0f}",
-                        ha="center",
-                        va="center",
-                        fontsize=6.5,
-                        color="white" if dark else "black",
-                    )
-            axes.set_yticks(range(len(shown)), _named(shown, own))
-            axes.set_xticks(range(len(heads)), [f"{layer}.{head}" for layer, head in heads])
-            axes.set_xlabel("layer.kv head")
-            axes.set_title(title, loc="left")
-            axes.tick_params(length=0)
-        bar = figure.colorbar(image, ax=panels.ravel().tolist(), shrink=0.9)
+    ratio = np.array(
+        [[part["kept"][at][head] / part["causal"] for at, head in heads] for part in shown.values()]
+    )
+    with svg(0.55 * len(heads) + 3, 0.3 * len(shown) + 0.9, 1, 1) as (figure, panels, made):
+        axes = panels[0][0]
+        shade = np.log2(ratio.clip(2**-3, 2**3))
+        image = axes.imshow(shade, cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
+        for (y, x), value in np.ndenumerate(ratio):
+            said = f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+            colour = "white" if abs(shade[y, x]) > 1.8 else "black"
+            axes.text(x, y, said, ha="center", va="center", fontsize=7, color=colour)
+        axes.axhline(types - 0.5, color="white", lw=4)
+        axes.set_yticks(
+            range(len(shown)),
+            [f"{name} ({100 * part['causal']:.0f} %)" for name, part in shown.items()],
+        )
+        axes.set_xticks(range(len(heads)), [f"{layer}.{head}" for layer, head in heads])
+        axes.set_xlabel("layer.kv head")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, shrink=0.9)
         bar.set_ticks([-3, -1, 0, 1, 3], labels=["1/8", "1/2", "1", "2", "8"])
         bar.set_label("kept over chance")
     return made[0]
 
 
-def _named(shown: Row, own: Row) -> list[str]:
+def _positions(own: Row) -> Row:
     said = {"first": f"first {own['first']}", "last": f"last {own['last']}"}
-    return [f"{said.get(name, name)} ({100 * at['causal']:.0f} %)" for name, at in shown.items()]
+    return {said.get(name, name): part for name, part in own["places"].items()}
 
 
 def lives(found: Sequence[Row]) -> str:
@@ -138,7 +138,8 @@ def lives(found: Sequence[Row]) -> str:
     layers, heads = len(found[0]["lives"]), len(found[0]["lives"][0])
     with svg(7.2, 2.4, 1, len(found)) as (_, panels, made):
         for axes, row, colour in zip(panels[0], found, LINES, strict=True):
-            places, names = [], []
+            places: list[int] = []
+            names: list[str] = []
             for layer in range(layers):
                 for head in range(heads):
                     at = len(places)
@@ -151,10 +152,8 @@ def lives(found: Sequence[Row]) -> str:
                     axes.plot([at, at], [points[1], points[3]], color=colour, lw=5)
                     axes.plot([at - 0.3, at + 0.3], [points[2]] * 2, color="black", lw=1)
             axes.axhline(row["keep"], color=SOFT, lw=0.7, ls=":")
-            axes.set_yscale("log", base=2)
-            axes.set_ylim(0.8, 1.2 * row["length"])
-            ticks = [2**n for n in range(0, row["length"].bit_length(), 2)]
-            axes.set_yticks(ticks, [str(tick) for tick in ticks])
+            axes.set_ylim(0, row["length"])
+            axes.set_yticks([row["length"] * n // 4 for n in range(5)])
             axes.set_xticks(places, names)
             axes.set_xlabel("layer.kv head")
             axes.set_title(f"w = {row['keep']}", loc="left")

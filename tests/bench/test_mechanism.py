@@ -383,7 +383,7 @@ def test_the_page(scripts, cells, tmp_path):
         assert f"| {words['perplexity']['score']:.1f} |" in "".join(lines)
     assert "| own key forced in | 9 (2 nearest) |" in text
     for task in GRID["tasks"]:
-        for picture in ("masks", "types", "lives"):
+        for picture in ("rows", "masks", "types", "lives"):
             name = f"mechanism-{task}-{picture}.svg"
             assert f"]({name})" in text
             assert (tmp_path / name).read_text(encoding="utf-8").count("<svg") == 1
@@ -443,3 +443,23 @@ def test_the_kept_page_is_that_of_the_kept_cells(scripts, tmp_path):
     )
     for path in tmp_path.glob("*.svg"):
         assert kept.with_name(path.name).exists()
+
+
+def test_rows_are_told_from_base_by_the_tests_interval(scripts):
+    def row(name, accuracy, seed=0):
+        at = {"accuracy": accuracy, "error": 0.01, "pairs": 8}
+        return {"method": name, "seed": seed, "recall": [at]}
+
+    rows = [row("base", 0.5), row("a", 0.6), row("b", 0.4), row("c", 0.52), row("d", 0.9, seed=1)]
+    said = scripts.mechanism_page.verdict(rows)
+    assert "base: better: a; worse: b; neither: c. With 1 seed " in said, (
+        "d has no base of its seed"
+    )
+    words = [
+        {"method": name, "seed": 0, "perplexity": {"rows": [2.0 + more, 3.0 + more, 4.0 + more]}}
+        for name, more in (("base", 0.0), ("a", -0.1), ("b", 0.1))
+    ]
+    assert "better: a; worse: b; neither: none." in scripts.mechanism_page.verdict(words)
+    assert scripts.mechanism_page.difference([(rows[1]["recall"][0], rows[0]["recall"][0])]) == (
+        f"+10.0 ± {196 * math.sqrt(2) * 0.01:.1f}"
+    )
