@@ -307,6 +307,7 @@ def what_is_kept(task: str, base: Sequence[Row]) -> tuple[str, dict[str, str]]:
         "Share of the kept pairs by type and position, over their share of all causal pairs (in "
         "brackets behind the name): 1 is what chance would keep.\n",
         f"![Kept over chance by type and position](mechanism-{task}-types.svg)\n",
+        ranges(own),
         "How many rows see an admitted key: median, middle half and 10 % to 90 %, at half, own "
         "and double w (dotted); those alive at the end are cut off there.\n",
         f"![How long keys live](mechanism-{task}-lives.svg)\n",
@@ -315,6 +316,28 @@ def what_is_kept(task: str, base: Sequence[Row]) -> tuple[str, dict[str, str]]:
         by_layer(base),
     ]
     return "\n".join(parts), made
+
+
+def ranges(own: Row) -> str:
+    """How far kept over chance is from 1, by type and by position, over all layers and heads."""
+
+    def ends(part: str) -> str:
+        ratios = [
+            kept / at["causal"]
+            for at in own[part].values()
+            if at["causal"]
+            for layer in at["kept"]
+            for kept in layer
+        ]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    # A row that has a choice sees w keys, and there are so many last ones.
+    near = mean_of(own["places"]["last"]["kept"]) * own["keep"] / own["last"]
+    return (
+        f"From {ends('types')} by type and from {ends('places')} by position: the score reads a "
+        f"token's values and no position. So a row sees {100 * near:.0f} % of its own last "
+        f"{own['last']} keys (mean of layers and heads).\n"
+    )
 
 
 def _seeds(rows: Sequence[Row]) -> str:

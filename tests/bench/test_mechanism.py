@@ -463,3 +463,21 @@ def test_rows_are_told_from_base_by_the_tests_interval(scripts):
     assert scripts.mechanism_page.difference([(rows[1]["recall"][0], rows[0]["recall"][0])]) == (
         f"+10.0 ± {196 * math.sqrt(2) * 0.01:.1f}"
     )
+
+
+def test_how_many_of_its_last_keys_a_row_sees(scripts):
+    """From the shares of the kept pairs, against a count of the sets themselves."""
+    score = random_scores(1, 1)
+    kept = kept_sets(score[0, 0], KEEP)
+    rows = range(KEEP, LENGTH)
+    near = sum(i - j < 4 for i in rows for j in kept[i]) / (4 * len(rows))
+    made = scripts.picks.places(expiry_of(score, KEEP), KEEP, first=2, last=4)
+    own = {"keep": KEEP, "last": 4, "types": {"a": {"kept": [[0.5, 0.25]], "causal": 0.25}}}
+    total = KEEP * len(rows)
+    own["places"] = {
+        name: {"kept": [[int(counts[0, 0]) / total]], "causal": 0.25}
+        for name, (counts, _) in made.items()
+    }
+    said = scripts.mechanism_page.ranges(own)
+    assert f"sees {100 * near:.0f} % of its own last 4 keys" in said
+    assert said.startswith("From 1.00 to 2.00 by type")
