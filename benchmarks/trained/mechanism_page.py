@@ -418,12 +418,9 @@ def verdict(rows: Sequence[Row]) -> str:
             low, _, high = change(both)
         found["better" if low > 0 else "worse" if high < 0 else "neither"].append(name)
     said = [f"{what}: {', '.join(each) or 'none'}" for what, each in found.items()]
-    seeds = len(base)
-    return (
-        f"Beyond the test's interval, against base: {'; '.join(said)}. With {seeds} "
-        f"seed{'s' if seeds > 1 else ''} that is said of these runs; what another seed would do is "
-        f"{'in the brackets' if seeds > 1 else 'not known'}.\n"
-    )
+    single = any(len(mine) == 1 for mine in runs.values())
+    alone = " Rows with one seed: what another would do is not known." if single else ""
+    return f"Beyond the test's interval, against base: {'; '.join(said)}.{alone}\n"
 
 
 def dots(rows: Sequence[Row], task: str) -> str:

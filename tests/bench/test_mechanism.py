@@ -452,7 +452,7 @@ def test_rows_are_told_from_base_by_the_tests_interval(scripts):
 
     rows = [row("base", 0.5), row("a", 0.6), row("b", 0.4), row("c", 0.52), row("d", 0.9, seed=1)]
     said = scripts.mechanism_page.verdict(rows)
-    assert "base: better: a; worse: b; neither: c. With 1 seed " in said, (
+    assert "base: better: a; worse: b; neither: c. Rows with one seed" in said, (
         "d has no base of its seed"
     )
     words = [
