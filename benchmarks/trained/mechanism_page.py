@@ -420,7 +420,21 @@ def verdict(rows: Sequence[Row]) -> str:
     said = [f"{what}: {', '.join(each) or 'none'}" for what, each in found.items()]
     single = any(len(mine) == 1 for mine in runs.values())
     alone = " Rows with one seed: what another would do is not known." if single else ""
-    return f"Beyond the test's interval, against base: {'; '.join(said)}.{alone}\n"
+    return f"Beyond the test's interval, against base: {'; '.join(said)}.{alone}{scatter(base)}\n"
+
+
+def scatter(base: dict[int, Row]) -> str:
+    """How far apart the base's own seeds are, if there are several."""
+    rows = list(base.values())
+    if len(rows) < 2:
+        return ""
+    if "recall" in rows[0]:
+        values = [100 * row["recall"][-1]["accuracy"] for row in rows]
+        apart = f"{max(values) - min(values):.1f} points"
+    else:
+        values = [row["perplexity"]["score"] for row in rows]
+        apart = f"{100 * (max(values) / min(values) - 1):.1f} %"
+    return f" Base's own {len(rows)} seeds are {apart} apart: smaller differences may be chance."
 
 
 def dots(rows: Sequence[Row], task: str) -> str:

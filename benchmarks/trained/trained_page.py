@@ -106,7 +106,7 @@ def origin(rows: Sequence[Row]) -> str:
     return (
         f"{all_of(lambda e: e['device']['name'])}; torch "
         f"{all_of(lambda e: e['versions']['torch'])}; {all_of(lambda e: e['date'][:10])}; commit "
-        f"{all_of(lambda e: e['commit'])}."
+        f"{all_of(lambda e: e['commit'][:7] + e['commit'][40:])}."
     )
 
 

@@ -451,6 +451,9 @@ def test_rows_are_told_from_base_by_the_tests_interval(scripts):
         return {"method": name, "seed": seed, "recall": [at]}
 
     rows = [row("base", 0.5), row("a", 0.6), row("b", 0.4), row("c", 0.52), row("d", 0.9, seed=1)]
+    assert "apart" not in scripts.mechanism_page.verdict(rows)
+    both = scripts.mechanism_page.verdict([*rows, row("base", 0.53, seed=1)])
+    assert "Base's own 2 seeds are 3.0 points apart" in both
     said = scripts.mechanism_page.verdict(rows)
     assert "base: better: a; worse: b; neither: c. Rows with one seed" in said, (
         "d has no base of its seed"
