@@ -106,7 +106,7 @@ def origin(rows: Sequence[Row]) -> str:
     return (
         f"{all_of(lambda e: e['device']['name'])}; torch "
         f"{all_of(lambda e: e['versions']['torch'])}; {all_of(lambda e: e['date'][:10])}; commit "
-        f"{all_of(lambda e: e['commit'])}."
+        f"{all_of(lambda e: e['commit'][:7] + e['commit'][40:])}."
     )
 
 
@@ -240,15 +240,26 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
 
 
 def against(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
-    """Relative change of the perplexity by the differences of windows, each a mean over seeds."""
+    """Relative change of the perplexity with its interval, see `change`."""
     if not pairs:
         return ""
+    low, value, high = change(pairs)
+    return f"{value:+.2%} ({low:+.2%} to {high:+.2%})"
+
+
+def change(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> tuple[float, float, float]:
+    """Relative change of the perplexity by the differences of windows, each a mean over seeds.
+
+    Returns:
+        The change between the ends of its 95 % interval.
+    """
     seeds = [[a - b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs]
     windows = [statistics.fmean(each) for each in zip(*seeds, strict=True)]
     mean = statistics.fmean(windows)
     half = 1.96 * statistics.stdev(windows) / math.sqrt(len(windows)) if len(windows) > 1 else 0.0
-    low, high = math.expm1(mean - half), math.expm1(mean + half)
-    return f"{math.expm1(mean):+.2%} ({low:+.2%} to {high:+.2%})"
+    return math.expm1(mean - half), math.expm1(mean), math.expm1(mean + half)
 
 
 def past(part: str, rows: Sequence[Row]) -> str:

@@ -38,6 +38,8 @@ class DmaConfig(PreTrainedConfig):
             without any key gives 0. None for no threshold.
         score: ``"exp"``: ``exp(A softplus(Wdt v))``, the paper's, or ``"linear"``:
             ``A softplus(Wdt v)``, that of its authors' later kernels.
+        a_std: Standard deviation of the score's initial ``A``; None for ``initializer_range``. With
+            0, as in Doge, all keys tie at the start and ``Wdt`` gets no gradient in the first step.
         qk_norm: RMSNorm of each query and key head before RoPE, as in Qwen3 and Doge.
         residual_weights: Learned factors of the residual stream, one a channel, as in Doge.
         attention_bias: Biases in the projections of queries, keys, values and output.
@@ -87,6 +89,7 @@ class DmaConfig(PreTrainedConfig):
     keep: int | float | list[int | None] | None = 1024
     threshold: float | None = None
     score: str = "exp"
+    a_std: float | None = None
     qk_norm: bool = True
     residual_weights: bool = False
     attention_bias: bool = False
@@ -152,6 +155,11 @@ class DmaConfig(PreTrainedConfig):
             or not math.isfinite(threshold)
         ):
             raise ValueError(f"threshold={threshold!r} must be a finite number, or None")
+        if self.a_std is not None and not 0 <= self.a_std < math.inf:
+            raise ValueError(
+                f"a_std={self.a_std!r} must be a finite number of at least 0, or None for "
+                "initializer_range"
+            )
         if self.score not in SCORES:
             raise ValueError(f"score={self.score!r} is not known: use one of {list(SCORES)}")
         if self.impl != "auto" and self.impl not in BACKENDS:

@@ -38,7 +38,7 @@ class DynamicMaskAttention(nn.Module):
 
     Args:
         config: Shape and options; `hidden_size`, the heads, `keep`, `threshold`, `score`,
-            `qk_norm`, `attention_bias`, `rope_parameters` and `impl` count here.
+            `a_std`, `qk_norm`, `attention_bias`, `rope_parameters` and `impl` count here.
         layer_idx: Number of the layer: its place in a cache and in a list given as ``keep``.
 
     Source: DMA, arXiv 2508.02124.
@@ -67,7 +67,7 @@ class DynamicMaskAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(dim, eps=config.rms_norm_eps)
-        self.score = ValueScore(groups, dim, form=config.score, std=std)
+        self.score = ValueScore(groups, dim, form=config.score, std=std, a_std=config.a_std)
         # For use without a model around it.
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
 

@@ -103,7 +103,8 @@ class DmaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ValueScore):
-            init.normal_(module.A, std=self.config.initializer_range)
+            std = self.config.initializer_range if self.config.a_std is None else self.config.a_std
+            init.normal_(module.A, std=std)
         elif isinstance(module, DmaDecoderLayer):
             for weight in (module.input_residual, module.post_attention_residual):
                 if weight is not None:

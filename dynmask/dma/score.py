@@ -30,6 +30,7 @@ class ValueScore(nn.Module):
         form: ``"exp"`` (the paper's) or ``"linear"`` (its authors' later kernels).
         std: Standard deviation of the initial ``Wdt`` and ``A``. With ``A = 0`` all keys tie and
             ``Wdt`` has no gradient, which is why ``A`` does not start there.
+        a_std: That of ``A``, if it is another.
 
     Raises:
         ValueError: If ``form`` is neither.
@@ -43,7 +44,15 @@ class ValueScore(nn.Module):
 
     own_heads: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self, groups: int, head_dim: int, *, form: str = "exp", std: float = 0.02):
+    def __init__(
+        self,
+        groups: int,
+        head_dim: int,
+        *,
+        form: str = "exp",
+        std: float = 0.02,
+        a_std: float | None = None,
+    ):
         super().__init__()
         if form not in SCORES:
             raise ValueError(f'score="{form}" is not known: use one of {list(SCORES)}')
@@ -51,7 +60,7 @@ class ValueScore(nn.Module):
         self.dt_proj = nn.Linear(groups * head_dim, groups, bias=False)
         self.A = nn.Parameter(torch.empty(groups))
         nn.init.normal_(self.dt_proj.weight, std=std)
-        nn.init.normal_(self.A, std=std)
+        nn.init.normal_(self.A, std=std if a_std is None else a_std)
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the scores.

@@ -43,7 +43,7 @@ _MODELS: dict[str, type[PreTrainedModel]] = {
     "nsa": NsaForCausalLM,
     "moba": MobaForCausalLM,
 }
-_DENSE_ONLY = "a_std"  # no field of a configuration, but of the conversion of a dense model
+_START = "a_std"  # where the score starts: of a fresh model, or of a dense one's conversion
 _NOT_OURS = ("model_type", "transformers_version")
 
 # What configurations and models raise for values that cannot be; transformers has its own, too.
@@ -120,13 +120,6 @@ def _checked(recipe: Recipe) -> tuple[str, str | None, str | None, dict[str, Any
     kind, size, source = fields.pop("type"), fields.pop("size", None), fields.pop("from", None)
     defaults = _CONFIGS[kind]()
     known = [name for name in defaults.to_dict() if name not in _NOT_OURS]
-    if kind == "dma" and source is not None:
-        known.append(_DENSE_ONLY)
-    elif _DENSE_ONLY in fields:
-        raise ValueError(
-            f"recipe: model: {_DENSE_ONLY} is for the conversion of a dense model (from); a fresh "
-            f"one has initializer_range"
-        )
     check_names(fields, ["type", "size", "from", *known], "recipe: model")
     if size is not None and (kind != "dma" or source is not None):
         raise ValueError(f"recipe: model: size={size!r} is for type dma, without from")
@@ -220,12 +213,15 @@ def _type_of(kind: str, source: str, fields: dict[str, Any]) -> str:
     """The type of a checkpoint, from which ``kind`` can be had with these fields."""
     found = str(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
     if found == kind:
-        if _DENSE_ONLY in fields:
-            raise ValueError(f"{_DENSE_ONLY} is for a dense model, this is a {found} one")
+        if _START in fields:
+            raise ValueError(
+                f"{_START} is for a fresh model or a dense one's conversion, and this is a {found} "
+                f"model with scores of its own"
+            )
         return found
     if kind != "dma":
         raise ValueError(f"it is a {found} model, not a {kind} one")
-    allowed = () if found == "doge" else ("keep", "threshold", "score", _DENSE_ONLY)
+    allowed = () if found == "doge" else ("keep", "threshold", "score", _START)
     if extra := sorted(set(fields) - set(allowed)):
         raise ValueError(
             f"{', '.join(extra)} cannot be changed while a {found} model is "

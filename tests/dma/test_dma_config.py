@@ -33,6 +33,8 @@ from dynmask.masks import Lifetimes
         ({"threshold": float("nan")}, "threshold=nan must be a finite number"),
         ({"threshold": "high"}, "threshold='high' must be a finite number"),
         ({"score": "softmax"}, "score='softmax' is not known: use one of"),
+        ({"a_std": -1.0}, "a_std=-1.0 must be a finite number of at least 0"),
+        ({"a_std": float("nan")}, "a_std=nan must be"),
         ({"impl": "fast"}, "impl='fast' is not known: use one of"),
     ],
 )
@@ -45,7 +47,7 @@ def test_refuses(bad, message):
     "changes",
     [
         {"keep": None, "threshold": 0.5},
-        {"keep": [3, None, 5], "score": "linear", "tie_word_embeddings": False},
+        {"keep": [3, None, 5], "score": "linear", "a_std": 0.5, "tie_word_embeddings": False},
         {"keep": 0.25, "residual_weights": True, "qk_norm": False},
         {"num_key_value_heads": None, "head_dim": 10, "impl": "reference"},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0}},

@@ -7,7 +7,7 @@ import torch
 from dma_models import hidden, make_layer, paper_layer
 from transformers import DynamicCache, StaticCache
 
-from dynmask.dma import DmaConfig, DynamicMaskAttention, LifetimeCache
+from dynmask.dma import DmaConfig, DmaForCausalLM, DynamicMaskAttention, LifetimeCache
 
 F64 = {"dtype": torch.float64}
 
@@ -151,6 +151,26 @@ def test_starts_as_the_paper_says():
     for weight in (layer.score.A, layer.score.dt_proj.weight, layer.q_proj.weight):
         assert 0.017 < weight.std() < 0.023
         assert weight.mean().abs() < 0.006
+
+
+@pytest.mark.parametrize("a_std", [0.0, 2.0])
+@pytest.mark.parametrize("whole", [False, True], ids=["layer", "model"])
+def test_where_the_score_starts(a_std, whole):
+    """A has its own deviation; all else is as without, also where transformers starts weights."""
+    torch.manual_seed(0)
+    shape = DmaConfig(
+        vocab_size=16,
+        hidden_size=256,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=128,
+        a_std=a_std,
+    )
+    layer = (
+        DmaForCausalLM(shape).model.layers[0].self_attn if whole else DynamicMaskAttention(shape)
+    )
+    assert 0.8 * a_std <= layer.score.A.std() <= 1.2 * a_std
+    assert 0.017 < layer.score.dt_proj.weight.std() < 0.023
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,8 @@ def test_unknown_field_of_the_model(tmp_path):
         ({"type": "llama", "size": "80M"}, "size='80M' is for type dma"),
         ({"type": "dma", "size": "80K"}, 'no size "80K"'),
         ({"type": "dma", "score": "log"}, "score='log' is not known"),
+        ({"type": "dma", "a_std": -0.1}, "a_std=-0.1 must be"),
+        ({"type": "llama", "a_std": 0.1}, "unknown field a_std"),
         ({"type": "dma", "max_position_embeddings": 64}, "max_position_embeddings=64 must be at"),
     ],
 )
@@ -284,7 +286,6 @@ def test_models_that_cannot_be(tmp_path, model, message):
         ("hidden_act", "foo", "hidden_act='foo' is not known: use one of gelu"),
         ("hidden_act", 3, "hidden_act=3 must be a string"),
         ("dtype", "foo", "dtype='foo'"),
-        ("a_std", 0.02, "a_std is for the conversion of a dense model"),
         ("model_type", "gpt2", "unknown field model_type"),
     ],
 )
@@ -324,7 +325,7 @@ def test_model_from_a_checkpoint(tmp_path):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"from=.*: it is a dma model, not a llama one"):
         build_model(load(tmp_path, model={"type": "llama", "from": source}), vocab_size=64)
-    with pytest.raises(ValueError, match="a_std is for a dense model, this is a dma one"):
+    with pytest.raises(ValueError, match="a_std is for a fresh model or a dense"):
         check_model(load(tmp_path, model=fields | {"a_std": 0.1}))
     with pytest.raises(ValueError, match="vocab_size=96 is less than the 97 tokens"):
         check_model(load(tmp_path, model=fields), vocab_size=97)
