@@ -184,6 +184,7 @@ class Asker:
             "questions": task.questions,
             "seed": self.seed,
             "cache": cache,
+            "whole": cache is not None,
             "progress": lambda done, total, text: check(),
         }
         if task.run == "longeval":

@@ -60,6 +60,16 @@ RECALL = {
 }
 
 
+DECODE = {
+    "lines_200": "| 200 lines, 4.1K tokens |",
+    "lines_360": "| 360 lines, 7.3K tokens |",
+    "needle": "| needles, 8.2K tokens |",
+    "multikey_2": "| RULER's multikey 2,",
+    "keyvalue": "| 350 pairs of words,",
+    "28M_lines_360": "| model `28M`, 360 lines",
+}
+
+
 def shown(row):
     """A score with its interval as the README writes them, 100 without decimals."""
     low, high = (f"{100 * x:.1f}".replace("100.0", "100") for x in row["interval"])
@@ -77,6 +87,21 @@ def test_recall_in_the_readme(name):
     (control,) = document(f"recall_full_{name}")["quality"]
     assert (control["mode"], control["n"]) == ("full", 500)
     assert full == shown(control)
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_in_the_guide(name):
+    guide = (ROOT / "docs/guide/accelerate.md").read_text(encoding="utf-8")
+    (line,) = [x for x in guide.splitlines() if x.startswith(DECODE[name])]
+    dense, sparse, density = (value.strip() for value in line.strip("|").split("|")[1:])
+    rows = [document(f"decode{kind}_{name}")["quality"][0] for kind in ("_dense", "")]
+    assert all((row["mode"], row["n"]) == ("dynamic", 500) for row in rows)
+    assert [dense, sparse] == [shown(row) for row in rows]
+    assert rows[0]["decode"] is None
+    assert density == f"{rows[1]['decode']:.2f}"
+    # What the page and the README say of all cells.
+    assert rows[0]["score"] - rows[1]["score"] <= 0.0081
+    assert 0.07 <= round(rows[1]["decode"], 2) <= 0.14
 
 
 @pytest.mark.parametrize(
