@@ -40,22 +40,32 @@ def summary_costs(
         scale: Factor of the logits.
     """
     groups = keys.k.shape[1]
-    rows, position = representatives(q, settings, groups, len(far), first)
-    last = first + q.shape[2]
-    every = settings.tile * q.shape[1] // groups
-    some = rows.shape[3]
-    run = by_kernels(q, "block_costs", marks=settings.landmarks, queries=some) or block_costs
-    return run(rows, position, keys, far, count=count, last=last, every=every, scale=scale)
+    rows, places = representatives(q, settings, groups, len(far), first)
+    run = by_kernels(q, "block_costs", marks=settings.landmarks, queries=rows.shape[3])
+    return (run or block_costs)(
+        rows,
+        places,
+        keys,
+        far,
+        count=count,
+        first=first,
+        last=first + q.shape[2],
+        tile=settings.tile,
+        every=settings.tile * q.shape[1] // groups,
+        scale=scale,
+    )
 
 
 def block_costs(
     rows: Tensor,
-    position: Tensor,
+    places: Tensor,
     keys: Keys,
     far: Tensor,
     *,
     count: int,
+    first: int,
     last: int,
+    tile: int,
     every: int,
     scale: float,
 ) -> Tensor:
@@ -71,17 +81,21 @@ def block_costs(
 
     Args:
         rows: ``[B, G, T, S, D]``, the last for ``every - S + 1`` rows.
-        position: ``[B, G, T, S]`` int64, where they stand.
+        places: ``[B, G, T, S - 1]`` int64, where all but the last stand in their tiles, modulo
+            ``tile``; the last stands at its tile's end.
         keys: Of the whole sequence.
         far: ``[T]`` int64, how many blocks are far from each tile, the first ones.
         count: The largest of ``far``.
-        last: Keys from this position on do not count.
+        first: Position of the first row.
+        last: Position behind the last row; keys from here on do not count.
+        tile: Rows of a tile of one head.
         every: Rows of a tile, ``M``.
         scale: Factor of the logits.
     """
     rows = rows * scale
     some = rows.shape[3]
     is_far = (torch.arange(count, device=rows.device) < far[:, None])[:, None]
+    position = _positions(places, len(far), first, last, tile)
     near = _near_mass(rows, keys, far, position, last)
     marks = keys.landmarks.shape[2]
     flat = rows.flatten(2, 3)
@@ -111,10 +125,11 @@ def block_costs(
 def representatives(
     q: Tensor, settings: Dynamic, groups: int, tiles: int, first: int
 ) -> tuple[Tensor, Tensor]:
-    """Return ``[B, G, T, S, D]`` queries for each tile's, and their positions ``[B, G, T, S]``.
+    """Return ``[B, G, T, S, D]`` queries for each tile's, and the places of all but the last.
 
-    They are landmarks of the rows of all query heads of a kv head. Rows that the first and the last
-    tile lack count as copies of the nearest one that is there. The mean stands at the last row.
+    They are landmarks of the rows of all query heads of a kv head, the last their mean; rows stand
+    head after head. Rows that the first and the last tile lack count as copies of the nearest one
+    that is there.
     """
     batch, heads, n, dim = q.shape
     tile, ratio = settings.tile, heads // groups
@@ -126,10 +141,15 @@ def representatives(
     of_tiles = q.view(batch, groups, ratio, tiles, tile, dim).transpose(2, 3)
     find = by_kernels(q, "landmarks", cells=ratio * tile * dim) or landmarks
     found, places = find(of_tiles, min(settings.queries, ratio * tile))
-    row = torch.arange(begin, begin + tiles * tile, device=q.device).clamp(first, first + n - 1)
-    row = row.view(tiles, tile)
-    at = row.repeat(1, ratio).expand(batch, groups, -1, -1).gather(-1, places)
-    return found.transpose(2, 3), torch.cat([at, row[:, -1:].expand(batch, groups, -1, -1)], -1)
+    return found.transpose(2, 3), places
+
+
+def _positions(places: Tensor, tiles: int, first: int, last: int, tile: int) -> Tensor:
+    """Return ``[B, G, T, S]``, where representatives stand; copies where their original does."""
+    top = first // tile
+    begin = torch.arange(top, top + tiles, device=places.device)[:, None] * tile
+    end = (begin + tile - 1).expand(*places.shape[:3], 1)
+    return torch.cat([begin + places % tile, end], -1).clamp_(first, last - 1)
 
 
 def _near_mass(rows: Tensor, keys: Keys, far: Tensor, position: Tensor, last: int) -> Tensor:

@@ -113,8 +113,9 @@ class Choice:
 
 def far_blocks(settings: Dynamic, top: int, tiles: int, device: torch.device) -> Tensor:
     """Return ``[tiles]`` int64: how many blocks end at least ``near`` keys before each tile."""
-    begin = torch.arange(top, top + tiles, device=device) * settings.tile
-    return (begin - settings.near).clamp_min(0) // settings.block
+    begin, step = top * settings.tile - settings.near, settings.tile
+    old = torch.arange(begin, begin + tiles * step, step, device=device)
+    return old.clamp_min_(0).div_(settings.block, rounding_mode="floor")
 
 
 def select(q: Tensor, keys: Keys, settings: Dynamic, *, first: int, scale: float) -> Choice:

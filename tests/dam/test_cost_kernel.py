@@ -31,14 +31,15 @@ def check(
     first = k_len - q_len
     tiles = -(-k_len // tile) - first // tile
     far = far_blocks(settings, first // tile, tiles, q.device)
-    rows, position = dynamic_cost.representatives(q, settings, groups, tiles, first)
+    rows, places = dynamic_cost.representatives(q, settings, groups, tiles, first)
     count = int(far.max())
-    given = {"count": count, "last": k_len, "every": tile * heads // groups, "scale": dim**-0.5}
-    found = kernel.block_costs(rows, position, keys, far, **given)
+    given = {"count": count, "first": first, "last": k_len, "tile": tile}
+    given |= {"every": tile * heads // groups, "scale": dim**-0.5}
+    found = kernel.block_costs(rows, places, keys, far, **given)
     wide = Keys(
         *(t.double() for t in (keys.landmarks, keys.k, keys.v, keys.bias)), block, keys.summaries
     )
-    expected = dynamic_cost.block_costs(rows.double(), position, wide, far, **given)
+    expected = dynamic_cost.block_costs(rows.double(), places, wide, far, **given)
     is_far = torch.arange(count, device=far.device) < far[:, None]
     assert is_far.any()
     assert found.shape == expected.shape
@@ -73,6 +74,11 @@ def check(
 )
 def test_costs(case, dtype):
     check(**case, dtype=dtype)
+
+
+def test_costs_in_long_chunks(monkeypatch):
+    monkeypatch.setattr(kernel, "_MANY", 0)
+    check(40, 400, block=2, marks=2)
 
 
 @needs_gpu

@@ -17,18 +17,22 @@ from dynmask.ops.triton.common import LOG2E, dot_precision, padded_dim
 if TYPE_CHECKING:
     from dynmask.dam.dynamic_keys import Keys
 
-# Blocks that one program walks over.
+# Blocks that one program walks over, and where that would make few programs.
 _CHUNK = 128
+_SHORT_CHUNK = 32
+_MANY = 512
 
 
 def block_costs(
     rows: Tensor,
-    position: Tensor,
+    places: Tensor,
     keys: Keys,
     far: Tensor,
     *,
     count: int,
+    first: int,
     last: int,
+    tile: int,
     every: int,
     scale: float,
 ) -> Tensor:
@@ -39,11 +43,14 @@ def block_costs(
 
     Args:
         rows: ``[B, G, T, S, D]``, the tiles' representatives, each row of ``D`` contiguous.
-        position: ``[B, G, T, S]`` int64, where they stand.
+        places: ``[B, G, T, S - 1]`` int64, contiguous: where all but the last stand in their tiles,
+            modulo ``tile``; the last stands at its tile's end.
         keys: Of the whole sequence; a power of two of landmarks a block.
-        far: ``[T]`` int64, how many blocks are far from each tile, the first ones.
+        far: ``[T]``, how many blocks are far from each tile, the first ones.
         count: The largest of ``far``.
-        last: Keys from this position on do not count.
+        first: Position of the first row.
+        last: Position behind the last row; keys from here on do not count.
+        tile: Rows of a tile of one head.
         every: Rows of a tile; the last representative stands for ``every - S + 1``.
         scale: Factor of the logits.
 
@@ -69,11 +76,12 @@ def block_costs(
     }
     programs = triton.cdiv(tiles, of_tiles)
     strides = rows.stride()[:4]
-    far = far.int()
+    # Few blocks are shared out over more programs than their number would fill.
+    chunk = _CHUNK if programs * batch * groups * count >= _MANY * _CHUNK else _SHORT_CHUNK
     with torch.cuda.device_of(rows):
         _total_kernel[(programs, batch * groups)](
             rows,
-            position.int(),
+            places,
             far,
             keys.k,
             keys.landmarks,
@@ -86,14 +94,16 @@ def block_costs(
             groups,
             tiles,
             keys.summaries,
+            first,
             last,
+            tile,
             keys.block,
             **constants,
             FEW=few,
             BLOCK_N=near_columns,
             num_stages=min(stages, 2),
         )
-        _cost_kernel[(programs, triton.cdiv(count, _CHUNK), batch * groups)](
+        _cost_kernel[(programs, triton.cdiv(count, chunk), batch * groups)](
             rows,
             far,
             keys.landmarks,
@@ -110,7 +120,7 @@ def block_costs(
             **constants,
             MARKS=marks,
             COLUMNS=max(columns, marks),
-            CHUNK=_CHUNK,
+            CHUNK=chunk,
             num_stages=stages,
         )
     return cost
@@ -130,10 +140,10 @@ def _sizes(rows: Tensor) -> tuple[int, int, int, int]:
     return (128, 128, 32, 2) if dim <= 128 else (64, 64, 16, 1)
 
 
-@triton.jit(do_not_specialize=["T", "summaries", "last"])
+@triton.jit(do_not_specialize=["T", "summaries", "first", "last"])
 def _total_kernel(
     p_q,
-    p_at,
+    p_places,
     p_far,
     p_k,
     p_marks,
@@ -154,7 +164,9 @@ def _total_kernel(
     G,
     T,
     summaries,
+    first,
     last,
+    tile,
     block,
     S: tl.constexpr,
     D: tl.constexpr,
@@ -175,8 +187,12 @@ def _total_kernel(
     m_d = (o_d < D)[None, :]
     p_bq = p_q + (i_bg // G) * s_qb + (i_bg % G) * s_qg + o_t.to(tl.int64) * s_qt + o_s * s_qs
     b_q = tl.load(p_bq[:, None] + o_d[None, :], mask=m_m[:, None] & m_d, other=0.0)
-    b_far = tl.load(p_far + o_t, mask=o_t < T, other=0)
-    b_at = tl.load(p_at + (i_bg * T + o_t) * S + o_s, mask=m_m, other=-1)
+    b_far = tl.load(p_far + o_t, mask=o_t < T, other=0).to(tl.int32)
+    p_places += (i_bg * T + o_t) * (S - 1) + o_s
+    b_place = tl.load(p_places, mask=m_m & (o_s < S - 1), other=tile - 1).to(tl.int32)
+    b_at = (first // tile + o_t) * tile + b_place % tile
+    # A copy stands where its original does.
+    b_at = tl.where(m_m, tl.minimum(tl.maximum(b_at, first), last - 1), -1)
     p_k += (i_bg // G) * s_kb + (i_bg % G) * s_kg
     b_max = tl.full([TILES * ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([TILES * ROWS], dtype=tl.float32)
@@ -260,7 +276,7 @@ def _cost_kernel(
     o_s = o_m % ROWS
     m_m = (o_t < T) & (o_s < S)
     o_i = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    b_far = tl.load(p_far + o_i, mask=o_i < T, other=0)
+    b_far = tl.load(p_far + o_i, mask=o_i < T, other=0).to(tl.int32)
     end = tl.minimum(tl.max(b_far, 0), first + CHUNK)
     if first >= end:
         return
