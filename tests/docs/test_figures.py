@@ -67,6 +67,7 @@ DECODE = {
     "multikey_2": "| RULER's multikey 2,",
     "keyvalue": "| 350 pairs of words,",
     "28M_lines_360": "| model `28M`, 360 lines",
+    "mha_lines_360": "| model `mha`, 360 lines",
 }
 
 
