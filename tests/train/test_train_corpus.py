@@ -40,7 +40,10 @@ def test_wrong_row_is_named(tmp_path, row):
         list(Folder(tmp_path))
 
 
-def test_table_of_a_dataset(tmp_path):
+def test_table_of_a_dataset(tmp_path, monkeypatch):
+    # Of the home it would be another user's.
+    for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))
     rows = {"text": ["one", "two"], "number": [1, 2]}
     split = datasets.Dataset.from_dict(rows)
     datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "saved")
