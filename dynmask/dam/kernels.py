@@ -22,7 +22,7 @@ _MODULES = {
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_DIM = 256
-# Of a block whose landmarks a program looks for in registers.
+# Of a block that a program holds on the chip: to look for landmarks, or as 4-bit keys in float32.
 _MOST_CELLS = 1 << 16
 _MOST_MARKS = 64
 # Blocks of a decode step, in a program's registers.
@@ -38,7 +38,7 @@ def by_kernels(
         x: What it would run on: CUDA tensors of 16 or 32 bits, heads of up to 256.
         name: "landmarks", "block_costs", "keep", "choice_lists", "attend_listed",
             "quantized_stats" or "choose_pages".
-        cells: Numbers of a block; "landmarks" takes up to 65,536.
+        cells: Numbers of a block; "landmarks" and "quantized_stats" take up to 65,536.
         marks: Landmarks of a block; "block_costs" takes powers of two up to 64.
         queries: Queries of a tile or step, up to 64.
         pages: Blocks that a step chooses from; "choose_pages" takes up to 16,384.

@@ -14,6 +14,7 @@ from dynmask.dam.dynamic import Dynamic
 from dynmask.dam.kernels import by_kernels
 from dynmask.dam.paged_select import Pages, select
 from dynmask.dam.quantized import Quantized
+from dynmask.dam.static_keys import outlasts_inference_mode
 from dynmask.masks import Lifetimes
 from dynmask.masks.lifetimes import NEVER
 from dynmask.ops import attention, choose, supports
@@ -24,9 +25,6 @@ _PART = 16
 _LEAST = 256
 # Numbers that are quantized at once, in float32.
 _CELLS = 1 << 24
-
-# A tensor made in inference mode could not be written outside of it.
-_outlasts_inference_mode = torch.inference_mode(False)
 
 
 class Step(NamedTuple):
@@ -92,7 +90,7 @@ class PagedKeys:
         """Bytes held."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
-    @_outlasts_inference_mode
+    @outlasts_inference_mode
     def append(self, k: Tensor, v: Tensor) -> None:
         """Take in new tokens.
 
@@ -173,7 +171,7 @@ class PagedKeys:
         if self.settings is not None:
             self._pages = min(self._pages, self.tokens // self.settings.block)
 
-    @_outlasts_inference_mode
+    @outlasts_inference_mode
     def select(self, indices: Tensor) -> None:
         """Take the batch rows ``indices [n]``, as beam search does."""
         if self._k is None or self._v is None:
@@ -250,8 +248,11 @@ class PagedKeys:
 
     def _keeps_codes(self) -> bool:
         assert self._k is not None
+        assert self.settings is not None
         if self._quantized is None:
-            return self._k.shape[3] % 2 == 0 and by_kernels(self._k, "quantized_stats") is not None
+            dim = self._k.shape[3]
+            run = by_kernels(self._k, "quantized_stats", cells=self.settings.block * dim)
+            return dim % 2 == 0 and run is not None
         return self._quantized
 
     def _far(self) -> int:

@@ -97,7 +97,7 @@ def _stats(q: Tensor, pages: Pages, scale: float) -> PageStats:
     if codes is None:
         blocks = pages.keys[:, :, : count * pages.block].unflatten(2, (count, pages.block))
         return page_stats(q, blocks, pages.means, scale)
-    run = by_kernels(q, "quantized_stats", queries=q.shape[2])
+    run = by_kernels(q, "quantized_stats", queries=q.shape[2], cells=pages.block * q.shape[3])
     if run is not None:
         found: PageStats = run(q, codes, pages.means, count=count, scale=scale)
         return found

@@ -16,9 +16,8 @@ from dynmask.masks import Stripes
 SLACK = 64
 """Last tokens that `StaticKeys.crop` can always take back."""
 
-
 # A tensor made in inference mode could not be written outside of it.
-_outlasts_inference_mode = torch.inference_mode(False)
+outlasts_inference_mode = torch.inference_mode(False)
 
 
 class StaticKeys:
@@ -63,7 +62,7 @@ class StaticKeys:
         self._last_rows = LastRows.of(stripes, groups)
         self.reset()
 
-    @_outlasts_inference_mode
+    @outlasts_inference_mode
     def reset(self) -> None:
         """Forget all tokens."""
         self.tokens = 0
@@ -91,7 +90,7 @@ class StaticKeys:
         }
         return sum(storage.nbytes() for storage in storages.values())
 
-    @_outlasts_inference_mode
+    @outlasts_inference_mode
     def append(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
         """Take in new tokens.
 
@@ -136,7 +135,7 @@ class StaticKeys:
             self._real += real.sum(1)
             self._fill_room()
 
-    @_outlasts_inference_mode
+    @outlasts_inference_mode
     def evict(self) -> None:
         """Give up the keys that no row from the last `SLACK` tokens on can see.
 
@@ -249,12 +248,7 @@ class StaticKeys:
             ValueError: If rows from there on see keys that were given up, or there are not so many
                 tokens; nothing is changed.
         """
-        if not 0 <= count <= self.tokens - self._exact_from:
-            raise ValueError(
-                f"the last {count} tokens cannot be taken back: only "
-                f"{self.tokens - self._exact_from} can, since keys that no later row sees were "
-                "given up; begin again with the tokens that are to stay, or evict later"
-            )
+        self.check_crop(count)
         left = self._used - count
         gone = self._where[1, :, 0, left : self._used]
         self._real -= (gone != NOWHERE).sum(1)
@@ -263,7 +257,20 @@ class StaticKeys:
         if self._padded:
             self._fill_room()
 
-    @_outlasts_inference_mode
+    def check_crop(self, count: int) -> None:
+        """Change nothing.
+
+        Raises:
+            ValueError: `crop` would refuse.
+        """
+        if not 0 <= count <= self.tokens - self._exact_from:
+            raise ValueError(
+                f"the last {count} tokens cannot be taken back: only "
+                f"{self.tokens - self._exact_from} can, since keys that no later row sees were "
+                "given up; begin again with the tokens that are to stay, or evict later"
+            )
+
+    @outlasts_inference_mode
     def select(self, indices: Tensor) -> None:
         """Take batch rows ``indices [n]``, as beam search does.
 
@@ -283,6 +290,7 @@ class StaticKeys:
         if self._k is not None:
             self.select(torch.arange(len(self._k)).repeat_interleave(count))
 
+    @outlasts_inference_mode
     def __deepcopy__(self, memo: dict[int, Any]) -> StaticKeys:
         # Stripes never change, and what is derived from them is large.
         memo[id(self._stripes)], memo[id(self._last_rows)] = self._stripes, self._last_rows

@@ -211,7 +211,8 @@ class Run:
             max_cache_tokens: Slots, at least 136: twice the first 4 and the last 64, which stay.
 
         Raises:
-            ValueError: The number is too small, the run is closed, or it runs another method.
+            ValueError: The number is too small, the run is closed or runs another method, or layers
+                of the model share their keys (Gemma 3n).
         """
         if max_cache_tokens is not None and (
             not isinstance(max_cache_tokens, int) or max_cache_tokens < SMALLEST
@@ -225,6 +226,12 @@ class Run:
         if any(a.policy is not None for a in self._attached):
             raise ValueError(f"{self.mode!r} chooses keys by itself: use a cache of transformers")
         config, lease = compat.text_config(self.model), self._lease
+        if getattr(config, "num_kv_shared_layers", None):
+            raise ValueError(
+                f"layers of {type(self.model).__name__} share their keys (num_kv_shared_layers="
+                f"{config.num_kv_shared_layers}): leave past_key_values out, or use a cache of "
+                "transformers"
+            )
         if max_cache_tokens is not None:
             cap = max_cache_tokens
             return LeasedCache(config, lambda index: CappedLayer(cap, lease))
@@ -243,7 +250,9 @@ class Run:
             ``calls``: calls by kind. ``density``: by kind, the pairs that the masks show over the
             causal pairs; ``computed_density``: the pairs that were evaluated over the causal
             pairs, 1 for a dense kernel. Both count prefill and chunks of every layer that is not
-            left to its own window; dynamic masks as they were made, a summary as one key.
+            left to its own window; dynamic masks as they were made, a summary as one key. Over
+            `cache` calls of few rows are counted without the heads that gave keys up, and decode
+            steps that chose their keys are counted too.
             ``mask_seconds``: time spent on masks and schedules, outside of attention itself; for
             dynamic masks on a GPU the device's own.
         """

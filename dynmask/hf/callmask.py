@@ -67,7 +67,10 @@ class CallMask:
 
     def __getitem__(self, index: Any) -> NoReturn:
         """Refuse to be cut."""
-        raise ValueError(_CHANGED)
+        raise ValueError(
+            f"{_CHANGED}. Or the model's own code cuts its mask (Gemma 4), which dynmask does not "
+            "support: use this model without it"
+        )
 
     def __getattr__(self, name: str) -> NoReturn:
         """Refuse what a tensor has besides."""

@@ -154,11 +154,7 @@ class CappedLayer(LeasedLayer):
         remove = self.removed(tokens_to_remove)
         if remove == 0:
             return
-        if self.evicted and remove > self._since:
-            raise ValueError(
-                f"the last {remove} tokens cannot be removed: the cache gave up keys "
-                f"{self._since} tokens ago; take a larger max_cache_tokens than {self.cap}"
-            )
+        self.check_crop(tokens_to_remove)
         super().crop(-remove)
         if self._queries is not None and self._real is not None:
             left = max(self._queries.shape[2] - remove, 0)
@@ -167,6 +163,15 @@ class CappedLayer(LeasedLayer):
             self._tokens = self._tokens[:, : self._seen - remove]
         self._seen -= remove
         self._since -= remove
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Change nothing; raise what `crop` would."""
+        remove = self.removed(tokens_to_remove)
+        if self.evicted and remove > self._since:
+            raise ValueError(
+                f"the last {remove} tokens cannot be removed: the cache gave up keys "
+                f"{self._since} tokens ago; take a larger max_cache_tokens than {self.cap}"
+            )
 
     def select(self, indices: Tensor) -> None:
         """Take some batch rows."""

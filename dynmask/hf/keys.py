@@ -23,6 +23,7 @@ class KeySlots(CallMask):
     Attributes:
         visible: As given.
         length: ``K``.
+        host: The same on the CPU.
         whole: Whether every slot of every row holds a real token.
     """
 
@@ -33,8 +34,8 @@ class KeySlots(CallMask):
         self.visible = visible
         self.length = visible.shape[1]
         # One copy to the host for the whole forward pass: on a GPU each would wait for the device.
-        self._host = visible.cpu()
-        self.whole = bool(self._host.all())
+        self.host = visible.cpu()
+        self.whole = bool(self.host.all())
         self._padding: Padding | None = None
         self._dense: dict[int, Tensor] = {}
         self._sequences: dict[int, tuple[tuple[int, int], ...]] = {}
@@ -60,7 +61,7 @@ class KeySlots(CallMask):
             ValueError: If the real tokens of a row are not one run.
         """
         if self._padding is None and not self.whole:
-            self._padding = Padding.from_mask(self._host).to(self.visible.device)
+            self._padding = Padding.from_mask(self.host).to(self.visible.device)
         return self._padding
 
     @property

@@ -139,7 +139,15 @@ class LeasedLayer(DynamicLayer):
     def removed(self, tokens_to_remove: int) -> int:
         """Return how many tokens ``crop`` is asked to remove, from either of its two forms."""
         length = tokens_to_remove if tokens_to_remove > 0 else self._seen + tokens_to_remove
-        return max(self._seen - length, 0)
+        return max(self._seen - max(length, 0), 0)
+
+    @abstractmethod
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Change nothing.
+
+        Raises:
+            ValueError: `crop` would refuse.
+        """
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -176,6 +184,22 @@ class LeasedCache(DynamicCache):
             (make(index) if type(layer) is DynamicLayer else None) or layer
             for index, layer in enumerate(self.layers)
         ]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens from every layer, or from none.
+
+        Raises:
+            ValueError: A layer cannot.
+        """
+        ours = [layer for layer in self.layers if isinstance(layer, LeasedLayer)]
+        for layer in ours:
+            layer.check_crop(tokens_to_remove)
+        # Those of transformers may refuse too, and all for the same reason: they come first.
+        for other in self.layers:
+            if not isinstance(other, LeasedLayer):
+                other.crop(tokens_to_remove)  # type: ignore[union-attr]
+        for layer in ours:
+            layer.crop(tokens_to_remove)
 
     def memory(self) -> int:
         """Return the bytes held by all layers."""

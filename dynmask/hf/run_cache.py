@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynmask.dam.paged import PagedKeys
-from dynmask.dam.static_keys import StaticKeys
+from dynmask.dam.static_keys import StaticKeys, outlasts_inference_mode
 from dynmask.hf.dynamic import HeadStripes, Split
 from dynmask.hf.keys import KeySlots
 from dynmask.hf.leased import Lease, LeasedLayer
@@ -56,14 +56,17 @@ class RunLayer(LeasedLayer):
         Raises:
             ValueError: As `begin`, or gradients are on.
         """
-        if key_states.requires_grad:
+        if key_states.requires_grad or value_states.requires_grad:
             raise ValueError("run.cache() keeps no gradients: call the model under torch.no_grad()")
+        # Under autocast rotary embeddings leave keys, and queries, wider than values.
+        value_states = value_states.to(key_states.dtype)
         self.begin(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
         return self.marked(key_states), value_states
 
+    @outlasts_inference_mode
     def __deepcopy__(self, memo: dict[int, Any]) -> RunLayer:
         # What belongs to the run is shared, and would refuse to be copied.
         for shared in (self._attached, self._mixed, getattr(self, "_split", None)):
@@ -158,7 +161,7 @@ class RunLayer(LeasedLayer):
             self._paged.append(keys, values)
         else:
             paged, rest = self._groups
-            real = None if slots.whole else slots.visible[:, -keys.shape[2] :]
+            real = None if slots.whole else slots.host[:, -keys.shape[2] :]
             self._static.append(keys[:, rest], values[:, rest], real)
             if self._paged is not None:
                 self._paged.append(keys[:, paged], values[:, paged])
@@ -199,10 +202,15 @@ class RunLayer(LeasedLayer):
             ValueError: Keys that are needed again were given up.
         """
         remove = self.removed(tokens_to_remove)
-        # The one that may refuse comes first.
-        for store in reversed(self._stores):
+        self.check_crop(tokens_to_remove)
+        for store in self._stores:
             store.crop(remove)
         self._seen -= remove
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Change nothing; raise what `crop` would."""
+        if self._static is not None:
+            self._static.check_crop(self.removed(tokens_to_remove))
 
     def select(self, indices: Tensor) -> None:
         """Take some batch rows."""

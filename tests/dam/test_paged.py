@@ -259,3 +259,19 @@ def test_keys_in_four_bits_choose_much_the_same():
     assert abs(int(steps[0].shown) / int(steps[1].shown) - 1) < 0.1
     # Half a byte a number, and two floats a channel of a block.
     assert coarse.nbytes > exact.nbytes
+
+
+@pytest.mark.parametrize(("block", "fits"), [(64, True), (512, False)])
+def test_blocks_too_large_for_a_program_are_not_quantized(monkeypatch, block, fits):
+    """On a GPU a program holds a block in float32; the shared memory is some 200 KiB."""
+    asked = []
+
+    def on_a_gpu(x, name, *, cells=0, **options):
+        asked.append(cells)
+        return print if cells <= 1 << 16 else None
+
+    monkeypatch.setattr("dynmask.dam.paged.by_kernels", on_a_gpu)
+    keys = PagedKeys(Dynamic(block=block, near=0))
+    keys.append(torch.randn(1, 1, 600, 256), torch.randn(1, 1, 600, 256))
+    assert asked == [block * 256]
+    assert (keys._codes is not None) == fits

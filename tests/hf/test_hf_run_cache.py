@@ -273,3 +273,75 @@ def test_refusals():
             model(random_ids(1, 9), past_key_values=run.cache())
     with pytest.raises(ValueError, match="closed"):
         run.cache()
+
+
+def test_crop_takes_tokens_from_every_layer_or_from_none():
+    model = make_model("llama", max_position_embeddings=512)
+    plan = of_kv_heads(make_plan(model))
+    dense = dataclasses.replace(plan.layers[0], gate=torch.ones(4, dtype=torch.bool))
+    plan = dataclasses.replace(plan, layers={**plan.layers, 0: dense})
+    with accelerate(model, plan, dynamic=DYNAMIC) as run, torch.no_grad():
+        cache = run.cache()
+        model(random_ids(1, 300), past_key_values=cache)
+        with pytest.raises(ValueError, match="last 200 tokens cannot be taken back"):
+            cache.crop(-200)
+        assert [layer.get_seq_length() for layer in cache.layers] == [300] * 3
+        model(random_ids(1, 1), past_key_values=cache)
+
+
+def test_crop_removes_no_more_than_there_is():
+    model = make_model("llama")
+    with accelerate(model, dynamic=DYNAMIC) as run, torch.no_grad():
+        cache = run.cache()
+        model(random_ids(1, 15), past_key_values=cache)
+        cache.crop(-20)
+        assert cache.get_seq_length() == 0
+        again = model(random_ids(1, 40), past_key_values=cache).logits
+        assert again.equal(model(random_ids(1, 40), past_key_values=run.cache()).logits)
+
+
+def test_copies_made_in_inference_mode_outlast_it():
+    model = make_model("llama", max_position_embeddings=512)
+    with accelerate(model, of_kv_heads(make_plan(model)), dynamic=DYNAMIC) as run:
+        cache = run.cache()
+        with torch.inference_mode():
+            model(random_ids(1, 150), past_key_values=cache)
+            other = copy.deepcopy(cache)
+        with torch.no_grad():
+            one, two = (model(random_ids(1, 1), past_key_values=x).logits for x in (cache, other))
+    assert one.equal(two)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_autocast_leaves_keys_wider_than_values(mode):
+    model = make_model("llama", max_position_embeddings=512)
+    plan = None if mode == "dynamic" else of_kv_heads(make_plan(model))
+    dynamic = dataclasses.replace(DYNAMIC, coverage=1)
+    ids, sizes = random_ids(1, 180), [150, 1, 9, 20]
+    with (
+        accelerate(model, plan, mode=mode, dynamic=dynamic) as run,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        expected = steps(model, ids, DynamicCache(config=model.config), sizes)
+        found = steps(model, ids, run.cache(), sizes)
+    # Both round to bfloat16 everywhere; the maps are sharp, so a few rows differ by much.
+    same = torch.nn.functional.cosine_similarity(found.float(), expected.float(), dim=-1)
+    assert same.median() > 0.999
+
+
+def test_values_that_learn_are_refused():
+    model = make_model("llama", num_hidden_layers=1).requires_grad_(False)
+    model.model.layers[0].self_attn.v_proj.weight.requires_grad_(True)
+    with (
+        accelerate(model, dynamic=DYNAMIC) as run,
+        pytest.raises(ValueError, match=r"torch\.no_grad"),
+    ):
+        model(random_ids(1, 9), past_key_values=run.cache())
+
+
+@pytest.mark.parametrize("cap", [None, 200])
+def test_layers_that_share_keys_are_refused(cap):
+    model = make_model("llama")
+    model.config.num_kv_shared_layers = 1
+    with accelerate(model) as run, pytest.raises(ValueError, match="share their keys"):
+        run.cache(cap)
