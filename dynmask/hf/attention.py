@@ -13,7 +13,7 @@ from dynmask.hf import compat
 from dynmask.hf.callmask import mask_of_call
 from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.keys import KeySlots, slots_of
-from dynmask.hf.leased import leased_layer
+from dynmask.hf.leased import LeasedLayer, leased_layer
 from dynmask.hf.parallel import heads_here
 from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.tally import Sequences, Tally, kind_of
@@ -154,12 +154,31 @@ def dynmask_attention(
         ValueError: See ``accelerate``.
     """
     compat.refuse_unknown_arguments(module, arguments, is_causal=is_causal)
+    layer, dtype = leased_layer(key), compat.autocast_dtype(query)
+    if dtype is None:
+        return _run(module, query, key, value, attention_mask, layer, dropout, scaling)
+    # Rotary embeddings have left queries and keys wider than values.
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        return _run(module, query, key, value, attention_mask, layer, dropout, scaling)
+
+
+def _run(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    layer: LeasedLayer | None,
+    dropout: float,
+    scaling: float | None,
+) -> tuple[Tensor, None]:
+    """Attend in one dtype; ``layer`` is the cache's that gave the keys, if it is a run's."""
     attached: Attached | None = vars(module).get(compat.ATTACHED)
     run = None if attached is None else attached.tally
     attention_mask = mask_of_call(attention_mask, module, run)
     if attached is not None:
         attached.meet(query.shape[1])
-    layer = leased_layer(key)
     if attached is None or layer is None:
         return _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
     if isinstance(attention_mask, Tensor):

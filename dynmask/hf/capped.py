@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dynmask.dam.evict import RECENT, SINKS, importance, kept, last_real
 from dynmask.hf.keys import KeySlots
-from dynmask.hf.leased import Lease, LeasedLayer, nbytes
+from dynmask.hf.leased import Lease, LeasedLayer, as_kept, nbytes
 from dynmask.masks import Lifetimes
 from dynmask.masks.lifetimes import NEVER
 from dynmask.ops import attention, choose
@@ -57,6 +57,7 @@ class CappedLayer(LeasedLayer):
         Raises:
             ValueError: As `begin`.
         """
+        key_states, value_states = as_kept(key_states, value_states)
         self.begin(key_states)
         new = key_states.shape[2]
         # Before a short call rather than after it, so that the call's tokens can be cropped again.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
@@ -87,6 +88,18 @@ def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 def sdpa_mask(**kwargs: Any) -> Tensor | None:
     """Make the mask that transformers makes for ``sdpa``: ``[B, 1, Q, K]`` bool or None."""
     return AttentionMaskInterface()["sdpa"](**kwargs)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return what autocast has torch's own attention make of a tensor; None to leave it."""
+    kind = tensor.device.type
+    if (
+        tensor.dtype == torch.float64
+        or not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+    ):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def is_plain_causal(mask_function: Callable[..., Any]) -> bool:

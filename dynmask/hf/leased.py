@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from dynmask.hf import compat
 from dynmask.hf.keys import KeySlots
 
 _LAYER = "_dynmask_cache_layer"
@@ -207,6 +208,12 @@ class LeasedCache(DynamicCache):
             layer.nbytes if isinstance(layer, LeasedLayer) else nbytes(vars(layer).values())
             for layer in self.layers
         )
+
+
+def as_kept(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values in the dtype that `dynmask_attention` runs in."""
+    dtype = compat.autocast_dtype(keys)
+    return (keys, values) if dtype is None else (keys.to(dtype), values.to(dtype))
 
 
 def nbytes(values: Iterable[object]) -> int:

@@ -12,7 +12,7 @@ from dynmask.dam.paged import PagedKeys
 from dynmask.dam.static_keys import StaticKeys, outlasts_inference_mode
 from dynmask.hf.dynamic import HeadStripes, Split
 from dynmask.hf.keys import KeySlots
-from dynmask.hf.leased import Lease, LeasedLayer
+from dynmask.hf.leased import Lease, LeasedLayer, as_kept
 from dynmask.hf.tally import kind_of
 from dynmask.ops import attention, choose
 
@@ -58,8 +58,7 @@ class RunLayer(LeasedLayer):
         """
         if key_states.requires_grad or value_states.requires_grad:
             raise ValueError("run.cache() keeps no gradients: call the model under torch.no_grad()")
-        # Under autocast rotary embeddings leave keys, and queries, wider than values.
-        value_states = value_states.to(key_states.dtype)
+        key_states, value_states = as_kept(key_states, value_states)
         self.begin(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

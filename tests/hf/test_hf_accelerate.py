@@ -17,6 +17,7 @@ from hf_models import (
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import bidirectional_mask_function
 
+from dynmask.dam.dynamic import Dynamic
 from dynmask.hf import accelerate
 from dynmask.hf.compat import attention_layers
 from dynmask.hf.keys import key_mask
@@ -386,3 +387,24 @@ def test_compiled_model_needs_an_attention_mask():
         with pytest.raises(ValueError, match=r"torch\.compile no attention_mask"):
             compiled(ids, use_cache=False)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mode", ["static", "auto", "dynamic"])
+def test_autocast_is_as_for_torchs_own_attention(mode):
+    model = make_model("llama", initializer_range=0.05)
+    plan = None if mode == "dynamic" else make_plan(model)
+    settings = Dynamic(
+        coverage=1, tile=8, block=8, near=8, landmarks=4, queries=4, few=12, shortest=30
+    )
+    ids = random_ids(1, 60)
+    gradients = []
+    for precision in (torch.bfloat16, None):
+        model.zero_grad()
+        with (
+            accelerate(model, plan, mode=mode, dynamic=settings),
+            torch.autocast("cpu", precision, enabled=precision is not None),
+        ):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.v_proj.weight.grad.clone())
+    rounded, exact = gradients
+    assert (rounded - exact).norm() < 0.05 * exact.norm()

@@ -312,7 +312,7 @@ def test_copies_made_in_inference_mode_outlast_it():
     assert one.equal(two)
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("mode", ["static", "auto", "dynamic"])
 def test_autocast_leaves_keys_wider_than_values(mode):
     model = make_model("llama", max_position_embeddings=512)
     plan = None if mode == "dynamic" else of_kv_heads(make_plan(model))
@@ -324,6 +324,10 @@ def test_autocast_leaves_keys_wider_than_values(mode):
     ):
         expected = steps(model, ids, DynamicCache(config=model.config), sizes)
         found = steps(model, ids, run.cache(), sizes)
+        steps(model, ids, run.cache(136), sizes)
+        with torch.no_grad():
+            alone = model(ids[:, :150], use_cache=False).logits
+    torch.testing.assert_close(alone, expected[:, :150], rtol=0.05, atol=0.3)
     # Both round to bfloat16 everywhere; the maps are sharp, so a few rows differ by much.
     same = torch.nn.functional.cosine_similarity(found.float(), expected.float(), dim=-1)
     assert same.median() > 0.999
