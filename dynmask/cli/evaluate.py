@@ -205,6 +205,8 @@ def _mode(arguments: argparse.Namespace) -> str:
         raise ValueError("--max-cache-tokens is for accelerated models; add --mode dynamic")
     if mode == "full" and getattr(arguments, "sparse_decode", False):
         raise ValueError("--sparse-decode is for accelerated models; add --mode dynamic")
+    if getattr(arguments, "sparse_decode", False) and arguments.max_cache_tokens is not None:
+        raise ValueError("steps over a capped cache see all of it; leave --sparse-decode out")
     if mode == "full" and arguments.coverage is not None:
         raise ValueError("--coverage is for dynamic masks and plans; add --mode dynamic")
     return str(mode)

@@ -157,6 +157,7 @@ def test_whole_prompts_give_the_same_answers_and_a_cap_runs(capsys, folder, task
         ("longeval --sparse-decode", "add --mode dynamic"),
         ("longeval --method snapkv --sparse-decode", "leave --sparse-decode out"),
         ("longeval --mode dynamic --max-cache-tokens 20", "max_cache_tokens=20"),
+        ("longeval --mode dynamic --max-cache-tokens 200 --sparse-decode", "see all of it"),
         ("ruler --length 9000", "length=9000"),
         ("ruler --kind fwe --questions 3", "questions=3"),
         ("keyvalue --pairs 1", "pairs=1"),
