@@ -71,6 +71,9 @@ DECODE = {
 }
 
 
+CAPPED = {"lines_200": "| 200 lines, 4.1K tokens |"}
+
+
 def shown(row):
     """A score with its interval as the README writes them, 100 without decimals."""
     low, high = (f"{100 * x:.1f}".replace("100.0", "100") for x in row["interval"])
@@ -93,7 +96,7 @@ def test_recall_in_the_readme(name):
 @pytest.mark.parametrize("name", DECODE)
 def test_decode_in_the_guide(name):
     guide = (ROOT / "docs/guide/accelerate.md").read_text(encoding="utf-8")
-    (line,) = [x for x in guide.splitlines() if x.startswith(DECODE[name])]
+    line = next(x for x in guide.splitlines() if x.startswith(DECODE[name]))
     dense, sparse, density = (value.strip() for value in line.strip("|").split("|")[1:])
     rows = [document(f"decode{kind}_{name}")["quality"][0] for kind in ("_dense", "")]
     assert all((row["mode"], row["n"]) == ("dynamic", 500) for row in rows)
@@ -103,6 +106,15 @@ def test_decode_in_the_guide(name):
     # What the page and the README say of all cells.
     assert rows[0]["score"] - rows[1]["score"] <= 0.0081
     assert 0.07 <= round(rows[1]["decode"], 2) <= 0.14
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_capped_caches_in_the_guide(name):
+    guide = (ROOT / "docs/guide/accelerate.md").read_text(encoding="utf-8")
+    (row,) = document(f"capped_{name}")["quality"]
+    assert (row["mode"], row["n"]) == ("dynamic", 500)
+    slots = row["settings"]["max_cache_tokens"]
+    assert f"{CAPPED[name]} {slots:,} | {shown(row)} |" in guide
 
 
 @pytest.mark.parametrize(
