@@ -199,9 +199,9 @@ class Run:
 
         With a number each kv head of each layer holds at most so many slots (a call's own tokens
         come on top while it runs). Once a sequence is longer, the keys that its last 64 rows hardly
-        look at are given up: after the prefill, and whenever the slots are full again. A question
-        at the prompt's end so finds what it asks for; one that comes later may ask for what is
-        gone. Rows then run dense over the slots.
+        look at are given up: after the prefill, and whenever the slots are full again. Each
+        head so keeps what it has looked at itself; what is looked at only later, by a question or
+        while an answer is copied, may be gone. Rows then run dense over the slots.
 
         Left and right padding, beams, assisted decoding and chunks work as with transformers' own
         caches; `crop` only for the last 64 tokens where heads forget, and only for tokens since

@@ -71,7 +71,10 @@ DECODE = {
 }
 
 
-CAPPED = {"lines_200": "| 200 lines, 4.1K tokens |"}
+CAPPED = {
+    "lines_200": "| 200 lines, 4.1K tokens |",
+    "needle": "| needles, 8.2K tokens |",
+}
 
 
 def shown(row):
