@@ -14,7 +14,7 @@ from typing import Any
 
 from grid import Row
 from picks_draw import KEPT, SOFT, lives, masks, shares, svg
-from trained_page import against, change, finished, names, origin, spread, table
+from trained_page import against, change, finished, names, origin, save, spread, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 BASE = "base"
@@ -478,11 +478,7 @@ def bounds(row: Row, base: Row) -> tuple[float, float, float]:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """Write the page and beside it its pictures."""
-    text, pictures = page(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    for name, picture in pictures.items():
-        path.with_name(name).write_text(picture, encoding="utf-8")
+    save(*page(rows), path)
 
 
 def main() -> None:

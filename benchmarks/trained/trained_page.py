@@ -341,7 +341,11 @@ def _tenth(marks: Sequence[tuple[float, int]], tenth: int) -> float:
 
 def write(rows: dict[str, list[Row]], path: Path) -> None:
     """Write the page and beside it its pictures."""
-    text, pictures = page(rows)
+    save(*page(rows), path)
+
+
+def save(text: str, pictures: dict[str, str], path: Path) -> None:
+    """Write a page and beside it its pictures, by their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     for name, picture in pictures.items():

@@ -78,17 +78,7 @@ class CappedLayer(LeasedLayer):
     def attend(
         self, query: Tensor, slots: KeySlots, *, scale: float | None, impl: str
     ) -> tuple[Tensor, str]:
-        """Attend to the kept keys and to the tokens of this call.
-
-        Args:
-            query: ``[B, H, Q, D]``.
-            slots: Of all tokens so far.
-            scale: Factor of the logits.
-            impl: "auto" or a backend.
-
-        Returns:
-            ``[B, H, Q, D]``, and what ran it.
-        """
+        """Attend to the kept keys and to the tokens of this call; see `LeasedLayer.attend`."""
         self._tokens = slots.visible
         mask = None
         if not slots.whole:

@@ -178,7 +178,8 @@ class RunLayer(LeasedLayer):
         self._groups = paged[::ratio] // ratio, rest[::ratio] // ratio
         if len(rest):
             assert self._split.static is not None
-            self._static = StaticKeys(self._split.static.stripes, len(self._groups[1]))
+            # The run's one copy on this device: what is derived from it is kept with it.
+            self._static = StaticKeys(self._split.static.on(device), len(self._groups[1]))
         if len(paged):
             self._paged = PagedKeys(None if dynamic is None else dynamic.settings)
             of_paged = stripes.of_heads(paged.tolist())

@@ -1,6 +1,5 @@
 """benchmarks/trained/mechanism.py: counts against dense definitions, tiny runs, the page."""
 
-import argparse
 import importlib
 import json
 import math
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from trained_arguments import arguments
 
 from dynmask.assets import load_texts, load_tokenizer
 from dynmask.dma import DmaConfig, DmaForCausalLM
@@ -301,16 +301,7 @@ def tiny_grid(tmp_path_factory):
 
 
 def runner(scripts, grid, folder, **changes):
-    given = {
-        "out": folder / "cells.jsonl",
-        "runs": folder / "runs",
-        "data": None,
-        "budget_seconds": math.inf,
-        "only": [],
-        "set": [],
-        "commit": None,
-    }
-    made = argparse.Namespace(**given | changes)
+    made = arguments(folder, **changes)
     ablations = scripts.mechanism.Ablations.load(grid)
     return scripts.mechanism.Mechanism(ablations, made, [load_texts("perplexity")[0][:3000]])
 

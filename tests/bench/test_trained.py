@@ -1,6 +1,5 @@
 """benchmarks/trained: tiny runs of every method, resumption, the order of cells, and the page."""
 
-import argparse
 import importlib
 import json
 import math
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from trained_arguments import arguments
 
 from dynmask.assets import load_texts
 from dynmask.train.models import build_model
@@ -63,19 +63,6 @@ def write_grid(folder, **grid):
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(grid), encoding="utf-8")
     return path
-
-
-def arguments(folder, **changes):
-    given = {
-        "out": folder / "cells.jsonl",
-        "runs": folder / "runs",
-        "data": None,
-        "budget_seconds": math.inf,
-        "only": [],
-        "set": [],
-        "commit": None,
-    }
-    return argparse.Namespace(**given | changes)
 
 
 MQAR = {"lengths": [64, 32], "rows": 3, "tokens_per_call": 128, "timed_tokens": 64, "rounds": 3}
