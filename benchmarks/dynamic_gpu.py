@@ -1,13 +1,14 @@
 """Time dynamic masks against torch's dense causal kernels on a GPU: the op, and whole models.
 
     python benchmarks/dynamic_gpu.py --model FOLDER [--lengths 8192 32768 65536 131072]
-        [--steps 1 8] [--coverage 0.975] [--models 1B 8B] [--model-lengths 32768 131072]
+        [--dims 64 128] [--steps 1 8] [--coverage 0.975] [--models 1B 8B] [--model-lengths 32768 131072]
         [--density 0.1] [--rounds 10] [--out FILE.json]
 
-Op: bfloat16, 32 heads on 8 key heads, D 64, Llama-3.2-1B's. Queries, keys and values are those of
+Op: bfloat16, 32 heads on 8 key heads, D 64, Llama-3.2-1B's, or 128, Llama-3.1-8B's. Queries, keys and values are those of
 the model in FOLDER (a dense Llama with 4 query heads a key head and D 64), from as many of its
 layers as 8 key heads take, on the package's texts, read in windows of the model's context at their
-places in the long text, so that positions run on. Everything is timed: landmarks, costs, choice,
+places in the long text, so that positions run on. For D 128 each vector stands beside itself and
+queries are divided by the square root of 2: the same attention maps. Everything is timed: landmarks, costs, choice,
 lists, attention. `selection` is the time of all but attention, by events inside the call.
 
 Steps: one row of decoding at the end of the same keys, in batches of so many copies: its key and
@@ -27,6 +28,7 @@ import gc
 import json
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +108,24 @@ def taken_from(folder: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.cat(kept, 2).contiguous() for kept in parts)  # type: ignore[return-value]
 
 
+def widened(q: Tensor, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return vectors of size ``dim`` with the same attention maps: each beside itself."""
+    times = dim // q.shape[3]
+    return (q * times**-0.5).repeat(1, 1, 1, times), *(t.repeat(1, 1, 1, times) for t in (k, v))
+
+
 def op(
-    folder: str, lengths: list[int], batches: list[int], settings: Dynamic, rounds: int
+    folder: str,
+    lengths: list[int],
+    dims: list[int],
+    batches: list[int],
+    settings: Dynamic,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     clock, cells = Clock(torch.device("cuda")), []
     every = taken_from(folder, max(lengths))
-    for length in lengths:
-        cut = [t[:, :, :length].contiguous() for t in every]
+    for length, dim in product(lengths, dims):
+        cut = widened(*(t[:, :, :length].contiguous() for t in every), dim)
         cells.append(cell(*cut, settings, rounds, clock))
         show(cells[-1])
         for batch in batches:
@@ -143,6 +156,7 @@ def cell(
     return {
         "part": "op",
         "length": q.shape[2],
+        "dim": q.shape[3],
         "density": int(ran.shown) / ran.causal,
         "distance": error,
         "times": {name: t.to_dict() for name, t in times.items()},
@@ -183,6 +197,7 @@ def step(
     return {
         "part": f"step, batch {len(q)}",
         "length": length,
+        "dim": q.shape[3],
         "density": 1.0 if done.shown is None else int(done.shown) / done.causal,
         "distance": float((done.out.float() - exact).norm() / exact.norm()),
         "impl": done.impl,
@@ -274,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder of a trained model; without it no op is timed")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--dims", type=int, nargs="+", default=[DIM], help="head sizes")
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="batches of decode steps")
     parser.add_argument("--coverage", type=float, default=Dynamic().coverage)
     parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=[])
@@ -285,7 +301,7 @@ def main() -> None:
     settings = Dynamic(coverage=args.coverage)
     cells = []
     if args.model:
-        cells = op(args.model, args.lengths, args.steps, settings, args.rounds)
+        cells = op(args.model, args.lengths, args.dims, args.steps, settings, args.rounds)
     where = environment(torch.device("cuda"))
     result: dict[str, Any] = {"environment": where, "coverage": args.coverage, "cells": cells}
 
