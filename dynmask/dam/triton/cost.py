@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -55,7 +55,9 @@ def block_costs(
         scale: Factor of the logits.
 
     Returns:
-        ``[B, G, T, count]`` float32; what is not far is not written.
+        ``[B, G, T, count]`` float32, finite; what is not far is not written. Weights far above 1,
+        from logits beyond the softmax's estimated total, count as less than they are: their blocks
+        cost more than is ever left.
     """
     batch, groups, tiles, some, dim = rows.shape
     marks = keys.landmarks.shape[2]
@@ -63,8 +65,8 @@ def block_costs(
     cost = torch.empty(batch, groups, tiles, count, dtype=torch.float32, device=rows.device)
     total = torch.empty(batch, groups, tiles, some, dtype=torch.float32, device=rows.device)
     padded = triton.next_power_of_2(some)
-    most, columns, near_columns, stages = _sizes(rows)
-    of_tiles = max(1, most // padded, 16 // padded)
+    size = _sizes(rows)
+    of_tiles = max(1, size.rows // padded, 16 // padded)
     constants = {
         "S": some,
         "D": dim,
@@ -100,16 +102,20 @@ def block_costs(
             keys.block,
             **constants,
             FEW=few,
-            BLOCK_N=near_columns,
-            num_stages=min(stages, 2),
+            MARKS=max(triton.next_power_of_2(few), 1),
+            BLOCK_N=size.far,
+            NEAR_N=size.near,
+            num_stages=min(size.stages, 2),
         )
         _cost_kernel[(programs, triton.cdiv(count, chunk), batch * groups)](
             rows,
             far,
+            keys.k,
             keys.landmarks,
             total,
             cost,
             *strides,
+            *keys.k.stride()[:3],
             *keys.landmarks.stride()[:4],
             scale * LOG2E,
             groups,
@@ -119,25 +125,39 @@ def block_costs(
             every,
             **constants,
             MARKS=marks,
-            COLUMNS=max(columns, marks),
+            BLOCK_N=min(size.blocks, chunk),
             CHUNK=chunk,
-            num_stages=stages,
+            num_stages=size.stages,
         )
     return cost
 
 
-def _sizes(rows: Tensor) -> tuple[int, int, int, int]:
-    """Return rows, landmarks, near keys and pipeline stages of a program.
+class _Sizes(NamedTuple):
+    """What a program holds at once.
 
-    Logits fit the registers, and queries and keys the 99 KiB of shared memory that any GPU since
-    2018 but Turing has, at up to 64 landmarks a block.
+    Attributes:
+        rows: Representatives.
+        blocks: Blocks that are costed.
+        far: Blocks that are added up, `FIRST` landmarks of each.
+        near: Near keys.
+        stages: Of the pipeline.
     """
+
+    rows: int
+    blocks: int
+    far: int
+    near: int
+    stages: int
+
+
+def _sizes(rows: Tensor) -> _Sizes:
+    """Fit the registers, and the 99 KiB of shared memory that any GPU since 2018 but Turing has."""
     dim = padded_dim(rows.shape[-1])
     if rows.dtype == torch.float32:
-        return (32, 32, 32, 2) if dim <= 128 else (16, 16, 16, 1)
-    if dim <= 64:
-        return 128, 128, 64, 3
-    return (128, 128, 32, 2) if dim <= 128 else (64, 64, 16, 1)
+        return _Sizes(32, 32, 16, 32, 2) if dim <= 128 else _Sizes(16, 16, 16, 16, 1)
+    if dim <= 128:
+        return _Sizes(128, 64, 32, 64 if dim <= 64 else 32, 3)
+    return _Sizes(64, 32, 16, 16, 2)
 
 
 @triton.jit(do_not_specialize=["T", "summaries", "first", "last"])
@@ -175,7 +195,9 @@ def _total_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     FEW: tl.constexpr,
+    MARKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NEAR_N: tl.constexpr,
 ):
     """Add up the weights of a few tiles' representatives, in powers of two: far, then near."""
     i_bg = tl.program_id(1).to(tl.int64)
@@ -198,48 +220,56 @@ def _total_kernel(
     b_sum = tl.zeros([TILES * ROWS], dtype=tl.float32)
     p_marks += (i_bg // G) * s_lb + (i_bg % G) * s_lg
     far = tl.max(b_far, 0)
+    # A column is one landmark of one block.
+    o_c = tl.arange(0, MARKS * BLOCK_N)
+    o_l = o_c // BLOCK_N
+    o_b = tl.arange(0, BLOCK_N)
     for start in range(0, far, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_k = (o_n < far)[:, None] & m_d
-        m_s = o_n[None, :] < b_far[:, None]
-        b_k = tl.load(p_k + o_n[:, None].to(tl.int64) * s_kn + o_d[None, :], mask=m_k, other=0.0)
-        b_others = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2 * block
-        p_bk = p_marks + o_n[:, None].to(tl.int64) * s_ln + o_d[None, :]
-        for i in tl.static_range(FEW):
-            b_k = tl.load(p_bk + i * s_lm, mask=m_k, other=0.0)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-            b_others -= b_s
-            b_max, b_sum = _add_up(b_max, b_sum, tl.where(m_s, b_s, float("-inf")))
+        o_n = start + o_b
+        p_bk = p_k + o_n[:, None].to(tl.int64) * s_kn + o_d[None, :]
+        b_k = tl.load(p_bk, mask=(o_n < far)[:, None] & m_d, other=0.0)
+        b_mean = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale_log2 * block)
+        o_n = start + o_c % BLOCK_N
+        m_c = (o_n < far) & (o_l < FEW)
+        p_bk = p_marks + (o_l * s_lm + o_n.to(tl.int64) * s_ln)[:, None] + o_d[None, :]
+        b_k = tl.load(p_bk, mask=m_c[:, None] & m_d, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        b_others = b_mean - tl.sum(tl.reshape(b_s, [b_s.shape[0], MARKS, BLOCK_N]), 1)
         b_others = b_others / (block - FEW) + log2_others
-        b_max, b_sum = _add_up(b_max, b_sum, tl.where(m_s, b_others, float("-inf")))
+        m_s = (start + o_b)[None, :] < b_far[:, None]
+        b_others = tl.where(m_s, b_others, float("-inf"))
+        m_s = (o_n[None, :] < b_far[:, None]) & (o_l < FEW)[None, :]
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.maximum(tl.max(b_s, 1), tl.max(b_others, 1)))
+        # -inf - -inf would be NaN.
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.math.exp2(b_max - b_safe)
+        b_sum += tl.sum(tl.math.exp2(b_s - b_safe[:, None]), 1)
+        b_sum += tl.sum(tl.math.exp2(b_others - b_safe[:, None]), 1)
+        b_max = b_new
     p_k += summaries.to(tl.int64) * s_kn
     b_near = b_far * block
     high = tl.minimum(tl.max(b_at, 0) + 1, last)
-    for start in range(tl.min(tl.where(m_m, b_near, last), 0), high, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
+    for start in range(tl.min(tl.where(m_m, b_near, last), 0), high, NEAR_N):
+        o_n = start + tl.arange(0, NEAR_N)
         p_bk = p_k + o_n[:, None].to(tl.int64) * s_kn + o_d[None, :]
         b_k = tl.load(p_bk, mask=(o_n < high)[:, None] & m_d, other=0.0)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
         m_s = (o_n[None, :] >= b_near[:, None]) & (o_n[None, :] <= b_at[:, None])
         b_s = tl.where(m_s, b_s, float("-inf"))
-        b_max, b_sum = _add_up(b_max, b_sum, b_s)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.math.exp2(b_max - b_safe)
+        b_sum += tl.sum(tl.math.exp2(b_s - b_safe[:, None]), 1)
+        b_max = b_new
     tl.store(p_total + (i_bg * T + o_t) * S + o_s, b_max + tl.math.log2(b_sum), mask=m_m)
-
-
-@triton.jit
-def _add_up(b_max, b_sum, b_s):
-    """Take in more logits; -inf is none."""
-    b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    # -inf - -inf would be NaN.
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_sum = b_sum * tl.math.exp2(b_max - b_safe) + tl.sum(tl.math.exp2(b_s - b_safe[:, None]), 1)
-    return b_new, b_sum
 
 
 @triton.jit(do_not_specialize=["T", "N"])
 def _cost_kernel(
     p_q,
     p_far,
+    p_k,
     p_marks,
     p_total,
     p_cost,
@@ -247,6 +277,9 @@ def _cost_kernel(
     s_qg,
     s_qt,
     s_qs,
+    s_kb,
+    s_kg,
+    s_kn,
     s_lb,
     s_lg,
     s_lm,
@@ -264,11 +297,10 @@ def _cost_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     MARKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Cost one chunk of blocks for a few tiles; a column is one landmark of one block."""
-    BLOCKS: tl.constexpr = COLUMNS // MARKS
+    """Cost one chunk of blocks for a few tiles, landmark by landmark."""
     i_bg = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * CHUNK
     o_m = tl.arange(0, TILES * ROWS)
@@ -287,34 +319,32 @@ def _cost_kernel(
     b_total = tl.load(p_total + (i_bg * T + o_t) * S + o_s, mask=m_m, other=0.0)
     # The last representative and the last landmark stand for the rest.
     b_rows = tl.where(m_m, tl.where(o_s == S - 1, every - S + 1, 1), 0).to(tl.float32) / every
-    o_c = tl.arange(0, COLUMNS)
-    o_j = o_c % BLOCKS
-    b_keys = tl.where(o_c // BLOCKS == MARKS - 1, block - MARKS + 1, 1).to(tl.float32)[None, :]
-    p_marks += (i_bg // G) * s_lb + (i_bg % G) * s_lg
-    p_marks += tl.cast(first, tl.int64) * s_ln
-    p_bk = p_marks + ((o_c // BLOCKS) * s_lm + o_j * s_ln)[:, None] + o_d[None, :]
+    p_k += (i_bg // G) * s_kb + (i_bg % G) * s_kg + o_d[None, :]
+    p_marks += (i_bg // G) * s_lb + (i_bg % G) * s_lg + o_d[None, :]
     p_cost += (i_bg * T + o_i) * N
-    o_b = tl.arange(0, BLOCKS)
-    for start in range(first, end, BLOCKS):
-        m_n = (start + o_j < end)[:, None] & m_d
-        b_k = tl.load(p_bk, mask=m_n, other=0.0)
-        p_bk += BLOCKS * s_ln
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-        # Above 2^57 squares would leave float32.
-        b_p = tl.math.exp2(tl.minimum(b_s - b_total[:, None], 57.0))
-        b_w = b_p * b_keys
-        b_mean = _of_blocks(b_s * b_keys, MARKS, BLOCKS) / block
-        b_a = tl.math.exp2(tl.minimum(b_mean - b_total[:, None], 57.0))
-        b_mass = _of_blocks(b_w, MARKS, BLOCKS)
-        b_cost = _of_blocks(b_w * b_p, MARKS, BLOCKS) + b_a * (block * b_a - 2 * b_mass)
-        b_cost = tl.reshape(b_cost * b_rows[:, None], [TILES, ROWS, BLOCKS])
-        b_cost = tl.maximum(tl.sum(b_cost, 1), 0.0)
-        o_n = start + o_b
+    for start in range(first, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_k = (o_n < end)[:, None] & m_d
+        p_bk = p_marks + o_n[:, None].to(tl.int64) * s_ln
+        b_mass = tl.zeros([TILES * ROWS, BLOCK_N], dtype=tl.float32)
+        b_square = tl.zeros([TILES * ROWS, BLOCK_N], dtype=tl.float32)
+        for _ in range(MARKS - 1):
+            b_k = tl.load(p_bk, mask=m_k, other=0.0)
+            p_bk += s_lm
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_p = tl.math.exp2(b_s * scale_log2 - b_total[:, None])
+            b_mass += b_p
+            b_square += b_p * b_p
+        b_k = tl.load(p_bk, mask=m_k, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_p = tl.math.exp2(b_s * scale_log2 - b_total[:, None])
+        # Else the cost may leave float32.
+        b_mass = tl.minimum(b_mass + (block - MARKS + 1) * b_p, 2.0**63)
+        b_square = tl.minimum(b_square + (block - MARKS + 1) * b_p * b_p, 2.0**120)
+        b_k = tl.load(p_k + o_n[:, None].to(tl.int64) * s_kn, mask=m_k, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_a = tl.math.exp2(tl.minimum(b_s * scale_log2 - b_total[:, None], 57.0))
+        b_cost = (b_square + b_a * (block * b_a - 2 * b_mass)) * b_rows[:, None]
+        b_cost = tl.maximum(tl.sum(tl.reshape(b_cost, [TILES, ROWS, BLOCK_N]), 1), 0.0)
         m_c = o_n[None, :] < b_far[:, None]
         tl.store(p_cost[:, None] + o_n[None, :], b_cost, mask=m_c)
-
-
-@triton.jit
-def _of_blocks(x, MARKS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Sum columns over each block's landmarks."""
-    return tl.sum(tl.reshape(x, [x.shape[0], MARKS, BLOCKS]), 1)
