@@ -1,24 +1,28 @@
 """Time dynamic masks against torch's dense causal kernels on a GPU: the op, and whole models.
 
     python benchmarks/dynamic_gpu.py --model FOLDER [--lengths 8192 32768 65536 131072]
-        [--dims 64 128] [--steps 1 8] [--coverage 0.975] [--models 1B 8B] [--model-lengths 32768 131072]
-        [--density 0.1] [--rounds 10] [--out FILE.json]
+        [--shapes 1B 3B 8B] [--steps 1 8] [--coverage 0.975] [--rounds 10]
+        [--models 1B 8B] [--model-lengths 32768 131072] [--alone 1048576] [--density 0.1]
+        [--out FILE.json]
 
-Op: bfloat16, 32 heads on 8 key heads, D 64, Llama-3.2-1B's, or 128, Llama-3.1-8B's. Queries, keys and values are those of
-the model in FOLDER (a dense Llama with 4 query heads a key head and D 64), from as many of its
-layers as 8 key heads take, on the package's texts, read in windows of the model's context at their
-places in the long text, so that positions run on. For D 128 each vector stands beside itself and
-queries are divided by the square root of 2: the same attention maps. Everything is timed: landmarks, costs, choice,
-lists, attention. `selection` is the time of all but attention, by events inside the call.
+Op: bfloat16, heads of the shapes named: Llama-3.2-1B's (32 on 8 key heads, D 64), Llama-3.2-3B's
+(24 on 8, D 128) and Llama-3.1-8B's (32 on 8, D 128). Queries, keys and values are those of the
+model in FOLDER (a dense Llama with 4 query heads a key head and D 64), from as many of its layers
+as 8 key heads take, on the package's texts, read in windows of the model's context at their places
+in the long text, so that positions run on. For D 128 each vector stands beside itself and queries
+are divided by the square root of 2, which leaves the attention maps as they are; 24 heads are three
+of each four. Everything is timed: landmarks, costs, choice, lists, attention. `selection` is the
+time of all but attention, by events inside the call.
 
 Steps: one row of decoding at the end of the same keys, in batches of so many copies: its key and
 value are written into `dynmask.dam.paged.PagedKeys`, blocks are chosen and attended to. Beside it
 torch's dense kernels over a cache that has them already, and over one that is copied to take them
 in, as transformers' DynamicCache does (`copied`).
 
-Whole models: Llama-3.2-1B's and Llama-3.1-8B's shapes with random weights, a prompt of random
-tokens, time to the last token's logits. Random weights have flat attention maps, which ask for no
-block at all: the selection runs as always, and random blocks of --density are kept instead.
+Whole models: these shapes with random weights, a prompt of random tokens, time to the last token's
+logits, one call. Random weights have flat attention maps, which ask for no block at all: the
+selection runs as always, and random blocks of --density are kept instead. At lengths after --alone
+only dynamic masks run.
 """
 
 from __future__ import annotations
@@ -47,9 +51,12 @@ from dynmask.dam.dynamic import Dynamic, dynamic_attention
 from dynmask.dam.paged import PagedKeys, Step
 
 HEADS, GROUPS, DIM = 32, 8, 64
+OPS = {"1B": (32, 64), "3B": (24, 128), "8B": (32, 128)}
+"""Query heads and head size."""
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 SHAPES = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
 }
 
@@ -108,29 +115,33 @@ def taken_from(folder: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.cat(kept, 2).contiguous() for kept in parts)  # type: ignore[return-value]
 
 
-def widened(q: Tensor, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return vectors of size ``dim`` with the same attention maps: each beside itself."""
-    times = dim // q.shape[3]
+def shaped(q: Tensor, k: Tensor, v: Tensor, shape: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return vectors with the same attention maps in another shape."""
+    heads, dim = OPS[shape]
+    times = dim // DIM
+    q = q.unflatten(1, (GROUPS, -1))[:, :, : heads // GROUPS].flatten(1, 2)
     return (q * times**-0.5).repeat(1, 1, 1, times), *(t.repeat(1, 1, 1, times) for t in (k, v))
 
 
 def op(
     folder: str,
     lengths: list[int],
-    dims: list[int],
+    shapes: list[str],
     batches: list[int],
     settings: Dynamic,
     rounds: int,
 ) -> list[dict[str, Any]]:
     clock, cells = Clock(torch.device("cuda")), []
     every = taken_from(folder, max(lengths))
-    for length, dim in product(lengths, dims):
-        cut = widened(*(t[:, :, :length].contiguous() for t in every), dim)
-        cells.append(cell(*cut, settings, rounds, clock))
+    for length, shape in product(lengths, shapes):
+        cut = shaped(*(t[:, :, :length] for t in every), shape)
+        named = {"shape": shape, "length": length}
+        cells.append({"part": "op"} | named | cell(*cut, settings, rounds, clock))
         show(cells[-1])
         for batch in batches:
-            copies = (t.expand(batch, -1, -1, -1) for t in cut)
-            cells.append(step(*copies, settings, rounds, clock))
+            copies = (t.repeat(batch, 1, 1, 1) for t in cut)
+            part = {"part": f"step, batch {batch}"}
+            cells.append(part | named | step(*copies, settings, rounds, clock))
             show(cells[-1])
     return cells
 
@@ -154,9 +165,6 @@ def cell(
         selection.append(events.seconds())
     best = dense.fastest({name: times[name] for name in attend})
     return {
-        "part": "op",
-        "length": q.shape[2],
-        "dim": q.shape[3],
         "density": int(ran.shown) / ran.causal,
         "distance": error,
         "times": {name: t.to_dict() for name, t in times.items()},
@@ -171,7 +179,6 @@ def cell(
 def step(
     q: Tensor, k: Tensor, v: Tensor, settings: Dynamic, rounds: int, clock: Clock
 ) -> dict[str, Any]:
-    length = k.shape[2]
     q, new_k, new_v = (t[:, :, -1:].contiguous() for t in (q, k, v))
     old_k, old_v = (t[:, :, :-1].contiguous() for t in (k, v))
     paged = PagedKeys(settings)
@@ -195,9 +202,6 @@ def step(
     times = measure(runs, clock, rounds=rounds, warmups=4, budget=1.0)
     best = dense.fastest({name: times[name] for name in attend})
     return {
-        "part": f"step, batch {len(q)}",
-        "length": length,
-        "dim": q.shape[3],
         "density": 1.0 if done.shown is None else int(done.shown) / done.causal,
         "distance": float((done.out.float() - exact).norm() / exact.norm()),
         "impl": done.impl,
@@ -222,11 +226,15 @@ def keep_at_random(density: float) -> None:
     module.keep = keep
 
 
-def whole(name: str, lengths: list[int], settings: Dynamic, rounds: int) -> list[dict[str, Any]]:
+def whole(
+    name: str, lengths: list[int], alone: list[int], settings: Dynamic, rounds: int
+) -> list[dict[str, Any]]:
+    heads, dim = OPS[name]
     config = LlamaConfig(
         **SHAPES[name],
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        num_attention_heads=heads,
+        num_key_value_heads=GROUPS,
+        head_dim=dim,
         vocab_size=128256,
         max_position_embeddings=1 << 20,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
@@ -237,31 +245,32 @@ def whole(name: str, lengths: list[int], settings: Dynamic, rounds: int) -> list
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     clock, cells = Clock(torch.device("cuda")), []
-    for length in lengths:
+    for length in lengths + alone:
         ids = torch.randint(0, 128256, (1, length), device="cuda")
-
         read = partial(read_prompt, model, ids)
         times, peaks = {}, {}
-        for kind in ("cudnn", "flash", "dynamic"):
+        for kind in ("dynamic",) if length in alone else ("cudnn", "flash", "dynamic"):
             with ExitStack() as stack:
                 if kind == "dynamic":
                     run = stack.enter_context(dynmask.accelerate(model, dynamic=settings))
                 else:
                     stack.enter_context(sdpa_kernel(SDPA[kind]))
-                made = measure({kind: Run(read)}, clock, rounds=rounds, warmups=2, budget=2.0)
-                times |= made
-                peaks[kind] = peak_memory(read, ids.device)
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                times |= measure({kind: Run(read)}, clock, rounds=rounds, warmups=1, budget=2.0)
+                peaks[kind] = torch.cuda.max_memory_allocated() - before
                 if kind == "dynamic":
                     density = run.stats()["density"]["prefill"]
             gc.collect()
             torch.cuda.empty_cache()
         cells.append(
             {
-                "part": name,
+                "part": "model",
+                "shape": name,
                 "length": length,
                 "density": density,
                 "times": {k: t.to_dict() for k, t in times.items()},
-                "speedup": {k: ratio(times[k], times["dynamic"]) for k in ("cudnn", "flash")},
+                "speedup": {k: ratio(times[k], times["dynamic"]) for k in times if k != "dynamic"},
                 "peaks": peaks,
             }
         )
@@ -280,7 +289,8 @@ def show(cell: dict[str, Any]) -> None:
     share = f" selection {cell['selection']['median'] / ours:.0%}" if "selection" in cell else ""
     extra = f" distance {cell['distance']:.4f}" if "distance" in cell else ""
     print(
-        f"{cell['part']} {cell['length']} density {cell['density']:.3f} ms {times}{share}{extra}",
+        f"{cell['part']} {cell['shape']} {cell['length']} density {cell['density']:.3f}",
+        f"ms {times}{share}{extra}",
         flush=True,
     )
 
@@ -289,11 +299,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder of a trained model; without it no op is timed")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
-    parser.add_argument("--dims", type=int, nargs="+", default=[DIM], help="head sizes")
+    parser.add_argument("--shapes", nargs="+", choices=list(OPS), default=["1B"])
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="batches of decode steps")
     parser.add_argument("--coverage", type=float, default=Dynamic().coverage)
     parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=[])
-    parser.add_argument("--model-lengths", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--model-lengths", type=int, nargs="*", default=[32768, 131072])
+    parser.add_argument("--alone", type=int, nargs="*", default=[], help="further lengths")
     parser.add_argument("--density", type=float, default=0.1, help="blocks kept in whole models")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path)
@@ -301,7 +312,7 @@ def main() -> None:
     settings = Dynamic(coverage=args.coverage)
     cells = []
     if args.model:
-        cells = op(args.model, args.lengths, args.dims, args.steps, settings, args.rounds)
+        cells = op(args.model, args.lengths, args.shapes, args.steps, settings, args.rounds)
     where = environment(torch.device("cuda"))
     result: dict[str, Any] = {"environment": where, "coverage": args.coverage, "cells": cells}
 
@@ -314,7 +325,7 @@ def main() -> None:
         result["kept"] = args.density
         keep_at_random(args.density)
     for name in args.models:
-        cells += whole(name, args.model_lengths, settings, args.rounds)
+        cells += whole(name, args.model_lengths, args.alone, settings, args.rounds)
         write()
         gc.collect()
         torch.cuda.empty_cache()

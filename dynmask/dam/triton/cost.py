@@ -125,6 +125,7 @@ def block_costs(
             every,
             **constants,
             MARKS=marks,
+            SOME=min(size.marks, marks),
             BLOCK_N=min(size.blocks, chunk),
             CHUNK=chunk,
             num_stages=size.stages,
@@ -138,6 +139,7 @@ class _Sizes(NamedTuple):
     Attributes:
         rows: Representatives.
         blocks: Blocks that are costed.
+        marks: Landmarks of each that are costed.
         far: Blocks that are added up, `FIRST` landmarks of each.
         near: Near keys.
         stages: Of the pipeline.
@@ -145,6 +147,7 @@ class _Sizes(NamedTuple):
 
     rows: int
     blocks: int
+    marks: int
     far: int
     near: int
     stages: int
@@ -154,10 +157,10 @@ def _sizes(rows: Tensor) -> _Sizes:
     """Fit the registers, and the 99 KiB of shared memory that any GPU since 2018 but Turing has."""
     dim = padded_dim(rows.shape[-1])
     if rows.dtype == torch.float32:
-        return _Sizes(32, 32, 16, 32, 2) if dim <= 128 else _Sizes(16, 16, 16, 16, 1)
+        return _Sizes(32, 16, 2, 16, 32, 2) if dim <= 128 else _Sizes(16, 16, 1, 16, 16, 1)
     if dim <= 128:
-        return _Sizes(128, 64, 32, 64 if dim <= 64 else 32, 3)
-    return _Sizes(64, 32, 16, 16, 2)
+        return _Sizes(64, 32, 2, 32, 64 if dim <= 64 else 32, 3)
+    return _Sizes(64, 16, 2, 16, 16, 2)
 
 
 @triton.jit(do_not_specialize=["T", "summaries", "first", "last"])
@@ -297,6 +300,7 @@ def _cost_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     MARKS: tl.constexpr,
+    SOME: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -317,30 +321,38 @@ def _cost_kernel(
     p_bq = p_q + (i_bg // G) * s_qb + (i_bg % G) * s_qg + o_t.to(tl.int64) * s_qt + o_s * s_qs
     b_q = tl.load(p_bq[:, None] + o_d[None, :], mask=m_m[:, None] & m_d, other=0.0)
     b_total = tl.load(p_total + (i_bg * T + o_t) * S + o_s, mask=m_m, other=0.0)
-    # The last representative and the last landmark stand for the rest.
+    # The last representative stands for the rest, and so does the last landmark, below.
     b_rows = tl.where(m_m, tl.where(o_s == S - 1, every - S + 1, 1), 0).to(tl.float32) / every
     p_k += (i_bg // G) * s_kb + (i_bg % G) * s_kg + o_d[None, :]
     p_marks += (i_bg // G) * s_lb + (i_bg % G) * s_lg + o_d[None, :]
     p_cost += (i_bg * T + o_i) * N
+    # A column is one landmark of one block.
+    o_c = tl.arange(0, SOME * BLOCK_N)
+    o_b = tl.arange(0, BLOCK_N)
     for start in range(first, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
+        o_n = start + o_c % BLOCK_N
         m_k = (o_n < end)[:, None] & m_d
-        p_bk = p_marks + o_n[:, None].to(tl.int64) * s_ln
+        p_bk = p_marks + ((o_c // BLOCK_N) * s_lm + o_n.to(tl.int64) * s_ln)[:, None]
         b_mass = tl.zeros([TILES * ROWS, BLOCK_N], dtype=tl.float32)
         b_square = tl.zeros([TILES * ROWS, BLOCK_N], dtype=tl.float32)
-        for _ in range(MARKS - 1):
+        for _ in range(0, MARKS, SOME):
             b_k = tl.load(p_bk, mask=m_k, other=0.0)
-            p_bk += s_lm
+            p_bk += SOME * s_lm
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             b_p = tl.math.exp2(b_s * scale_log2 - b_total[:, None])
-            b_mass += b_p
-            b_square += b_p * b_p
+            b_mass += tl.sum(tl.reshape(b_p, [TILES * ROWS, SOME, BLOCK_N]), 1)
+            b_square += tl.sum(tl.reshape(b_p * b_p, [TILES * ROWS, SOME, BLOCK_N]), 1)
+        o_n = start + o_b
+        m_k = (o_n < end)[:, None] & m_d
+        p_bk = p_marks + (MARKS - 1) * s_lm + o_n.to(tl.int64)[:, None] * s_ln
         b_k = tl.load(p_bk, mask=m_k, other=0.0)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_p = tl.math.exp2(b_s * scale_log2 - b_total[:, None])
+        b_mass += (block - MARKS) * b_p
+        b_square += (block - MARKS) * b_p * b_p
         # Else the cost may leave float32.
-        b_mass = tl.minimum(b_mass + (block - MARKS + 1) * b_p, 2.0**63)
-        b_square = tl.minimum(b_square + (block - MARKS + 1) * b_p * b_p, 2.0**120)
+        b_mass = tl.minimum(b_mass, 2.0**63)
+        b_square = tl.minimum(b_square, 2.0**120)
         b_k = tl.load(p_k + o_n[:, None].to(tl.int64) * s_kn, mask=m_k, other=0.0)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_a = tl.math.exp2(tl.minimum(b_s * scale_log2 - b_total[:, None], 57.0))
