@@ -1,37 +1,41 @@
-"""Trains the cells of a grid one after the other and keeps each as a line of a file."""
+"""Trains the cells of a grid and keeps each as a line of a file, which processes may share."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from claims import claim, locked
 from grid import Cell, Grid, Part, Row, digest, in_order
+from jobs import OutOfTime, cores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynmask.dma
 import dynmask.train.variants  # noqa: F401  (makes its models known, as the line before)
 from dynmask.bench.environment import environment
+from dynmask.train.prepare import prepare
 from dynmask.train.run import train
 from dynmask.train.trainer import NonFiniteLossError
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POLL = 1.0
+"""Seconds between two looks at what other processes do."""
 
-
-class OutOfTime(Exception):
-    """The budget is spent."""
+Task = tuple[str, Callable[[], object]]
+"""A key, and what makes the row of that key."""
 
 
 class Runner:
@@ -40,22 +44,30 @@ class Runner:
     Args:
         grid: the experiment.
         folder: where its recipes lie.
-        args: what `arguments` made.
+        args: what `arguments` made, after `jobs.begin`.
     """
 
     def __init__(self, grid: Grid, folder: Path, args: argparse.Namespace):
         self.grid, self.folder, self.args = grid, folder, args
-        self.deadline = time.monotonic() + args.budget_seconds
         self.only = chosen(args.only)
-        self.rows = read_rows(args.out)
+        self._read: tuple[Any, list[Row]] = (None, [])
         args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
         """Seconds; raises `OutOfTime` if there are none."""
-        left = self.deadline - time.monotonic()
+        left: float = self.args.deadline - time.monotonic()
         if left <= 0:
             raise OutOfTime
         return left
+
+    @property
+    def rows(self) -> list[Row]:
+        """What is there now, that of other processes too."""
+        out: Path = self.args.out
+        state = (out.stat().st_size, out.stat().st_mtime_ns) if out.exists() else None
+        if state != self._read[0]:
+            self._read = (state, read_rows(out))
+        return self._read[1]
 
     def has(self, key: str) -> bool:
         """Whether a figure is there; one that failed is tried again."""
@@ -86,11 +98,8 @@ class Runner:
         Raises:
             OutOfTime: the budget is spent; the run in progress has a checkpoint.
         """
-        for cell in self.cells():
-            # The same recipes under other questions are other cells.
-            key = digest([cell.key, self.grid.evaluation])
-            if self.has(key):
-                continue
+
+        def make(cell: Cell, key: str) -> None:
             row = self.trained(cell) | {"key": key}
             if "failed" not in row and "diverged" not in row:
                 self.left()
@@ -98,6 +107,40 @@ class Runner:
             self.append(row)
             if "failed" not in row:
                 shutil.rmtree(self.runs / cell.key) if not keep else tidy(self.runs / cell.key)
+
+        def tasks() -> Iterator[Task]:
+            for cell in self.cells():
+                # The same recipes under other questions are other cells.
+                key = digest([cell.key, self.grid.evaluation])
+                yield key, partial(make, cell, key)
+
+        self.fill(tasks)
+
+    def fill(self, tasks: Callable[[], Iterable[Task]]) -> None:
+        """Do what is not there and what no other process does, until nothing is left.
+
+        What breaks is tried once in a start: by the process that took it.
+
+        Args:
+            tasks: in order; asked for again while other processes are at work, since what they
+                find may bring new ones.
+
+        Raises:
+            OutOfTime: the budget is spent.
+        """
+        while True:
+            waiting = False
+            for key, do in tasks():
+                if self.has(key):
+                    continue
+                with claim(self.runs / "claims" / key, self.args.start) as state:
+                    waiting |= state == "taken"
+                    if state == "mine" and not self.has(key):
+                        do()
+            if not waiting:
+                return
+            self.left()
+            time.sleep(POLL)
 
     @property
     def runs(self) -> Path:
@@ -131,13 +174,11 @@ class Runner:
             "seed": cell.recipe.seed,
             "recipe": cell.named,
             "run": cell.key,
-            "environment": environment(DEVICE),
+            "jobs": self.args.jobs,
+            "environment": surroundings(self.args),
         }
-        head["environment"]["versions"]["transformers"] = transformers.__version__
-        if self.args.commit:
-            head["environment"]["commit"] = self.args.commit
         try:
-            if not (folder / "model").is_dir() or not (folder / "log.json").exists():
+            if not self.complete(cell):
                 self._session(cell, folder)
         except NonFiniteLossError as error:
             return head | {"diverged": str(error).split(";")[0]}
@@ -147,10 +188,15 @@ class Runner:
             free()
         return head | summary(cell, folder)
 
+    def complete(self, cell: Cell) -> bool:
+        """Whether it is trained."""
+        folder = self.runs / cell.key
+        return (folder / "model").is_dir() and (folder / "log.json").exists()
+
     def _session(self, cell: Cell, folder: Path) -> None:
         left = self.left()
         print(f"training {cell.part} {cell.method} lr {cell.recipe.lr} seed {cell.recipe.seed}")
-        self._share_corpus(folder)
+        self._share_corpus(cell, folder)
         # Else what an earlier cell compiled counts against this one.
         torch.compiler.reset()
         start = time.perf_counter()
@@ -159,7 +205,7 @@ class Runner:
             folder,
             data=str(self.args.data) if self.args.data else None,
             minutes=None if left == float("inf") else left / 60,
-            workers=min(8, os.cpu_count() or 1) if DEVICE == "cuda" else 0,
+            workers=loaders(self.args.jobs),
         )
         sessions = read_sessions(folder)
         sessions.append(
@@ -174,20 +220,43 @@ class Runner:
         if not result.complete:
             raise OutOfTime
 
-    def _share_corpus(self, folder: Path) -> None:
+    def _share_corpus(self, cell: Cell, folder: Path) -> None:
         """Tokenise the text once for all cells."""
-        if not self.args.data or (folder / "corpus").exists():
+        if not self.args.data:
             return
         shared = self.runs / "corpus"
         shared.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "corpus").symlink_to(shared.resolve(), target_is_directory=True)
+        if not (folder / "corpus").exists():
+            (folder / "corpus").symlink_to(shared.resolve(), target_is_directory=True)
+        with locked(self.runs / "claims" / "corpus"):
+            prepare(cell.recipe, folder, path=str(self.args.data))
 
     def append(self, row: Row) -> None:
-        """Keep a figure."""
+        """Keep a figure.
+
+        Raises:
+            RuntimeError: it failed and left the GPU unusable to this process.
+        """
         append(self.args.out, row)
-        self.rows.append(row)
         print(shown(row), flush=True)
+        if "failed" in row and DEVICE == "cuda":
+            # Else all cells after it would fail, too.
+            torch.cuda.synchronize()
+
+
+def surroundings(args: argparse.Namespace) -> Row:
+    """Device, versions, commit and date."""
+    made = environment(DEVICE)
+    made["versions"]["transformers"] = transformers.__version__
+    if args.commit:
+        made["commit"] = args.commit
+    return made
+
+
+def loaders(jobs: int) -> int:
+    """Processes that make a run's batches while so many runs share the cores."""
+    return min(8, max(1, cores() // jobs - 1)) if DEVICE == "cuda" else 0
 
 
 def summary(cell: Cell, folder: Path) -> Row:
@@ -246,7 +315,8 @@ def free() -> None:
     """Give back the GPU memory of a model that is no longer used."""
     if DEVICE == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after an error of the device
+            torch.cuda.empty_cache()
 
 
 def tidy(folder: Path) -> None:
@@ -257,9 +327,10 @@ def tidy(folder: Path) -> None:
 
 def append(path: Path, row: Row) -> None:
     """Write a row as a line of its own, also behind one that was interrupted."""
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"\n", b"")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+    with locked(path):
+        whole = path.read_bytes()[-1:] in (b"\n", b"")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("" if whole else "\n") + json.dumps(row) + "\n")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -316,6 +387,9 @@ def arguments(experiment: str, about: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="a folder with train*, valid* (not for mqar)")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     parser.add_argument(
+        "--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="cells at once"
+    )
+    parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME=VALUE,...", help="method=dma,nsa lr=0.002"
     )
     parser.add_argument(
@@ -323,14 +397,3 @@ def arguments(experiment: str, about: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--commit", help="to be noted where there is no history")
     return parser
-
-
-def go(work: Callable[[], None]) -> None:
-    """Run to the end or until the budget is spent, and say which."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        work()
-    except OutOfTime:
-        print("the budget is spent; the same command goes on")
-    else:
-        print("all cells are there")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,14 @@ class Grid:
         methods: names of recipes in a part's folder.
         parts: in the order in which they are run.
         evaluation: what is measured on a trained model.
+        times: how trained models are timed, where they are.
     """
 
     experiment: str
     methods: tuple[str, ...]
     parts: tuple[Part, ...]
     evaluation: dict[str, Any]
+    times: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Grid:
@@ -67,7 +69,8 @@ class Grid:
         for part in raw["parts"]:
             whole = {name: raw[name] for name in ("lrs", "seeds") if name in raw} | part
             parts.append(Part(**{k: tuple(v) if k in _LISTS else v for k, v in whole.items()}))
-        return cls(path.parent.name, tuple(raw["methods"]), tuple(parts), raw["evaluation"])
+        name, methods = path.parent.name, tuple(raw["methods"])
+        return cls(name, methods, tuple(parts), raw["evaluation"], raw.get("times", {}))
 
     def cell(
         self, folder: Path, part: Part, method: str, lr: float, seed: int, *, free: list[str]
@@ -123,17 +126,28 @@ def in_order(
 
 def best_lr(rows: list[Row], part: Part, method: str) -> float | None:
     """The rate of least held-out loss at the first seed; None unless all rates are there."""
-    losses = {
-        row["lr"]: row.get("valid_loss")
-        for row in rows
-        if (row["part"], row["method"], row["seed"]) == (part.name, method, part.seeds[0])
-        and "failed" not in row
-    }
-    if not set(part.lrs) <= set(losses):
-        return None
+    tried = {row["lr"] for row in _first_seed(rows, part, method)}
+    best = best_so_far(rows, part, method)
+    return best["lr"] if best and set(part.lrs) <= tried else None
+
+
+def best_so_far(rows: list[Row], part: Part, method: str) -> Row | None:
+    """The run of least held-out loss at the first seed, whatever rates are there."""
     # A run that diverged has no loss.
-    good = {lr: loss for lr, loss in losses.items() if loss is not None and lr in part.lrs}
-    return min(good, key=lambda lr: good[lr]) if good else None
+    good = [row for row in _first_seed(rows, part, method) if row.get("valid_loss") is not None]
+    return min(good, key=lambda row: row["valid_loss"], default=None)
+
+
+def _first_seed(rows: list[Row], part: Part, method: str) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["part"] == part.name
+        # Rows of times have no method.
+        and (row.get("method"), row.get("seed")) == (method, part.seeds[0])
+        and row["lr"] in part.lrs
+        and "failed" not in row
+    ]
 
 
 def digest(value: Any) -> str:

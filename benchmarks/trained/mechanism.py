@@ -16,13 +16,15 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from cells import DEVICE, HERE, RESULTS, Runner, arguments, go, parameters, tidy
+from cells import DEVICE, HERE, RESULTS, Runner, Task, arguments, parameters, tidy
 from grid import Cell, Grid, Part, Row, digest
+from jobs import go
 from kinds import kinds_of_recall
 from mqar import SEED, accuracy
 from nearest import nearest
@@ -113,10 +115,8 @@ class Mechanism(Runner):
         Raises:
             OutOfTime: the budget is spent; the run in progress has a checkpoint.
         """
-        for cell in self.cells():
-            key = digest([cell.key, self.ablations.evaluation[cell.part]])
-            if self.has(key):
-                continue
+
+        def make(cell: Cell, key: str) -> None:
             with nearest(self.ablations.near(cell.method, cell.part)):
                 row = self.trained(cell) | {"key": key, "size": self.folder.name}
                 if "failed" not in row and "diverged" not in row:
@@ -124,6 +124,13 @@ class Mechanism(Runner):
             self.append(row)
             if "failed" not in row:
                 tidy(self.runs / cell.key)
+
+        def tasks() -> Iterator[Task]:
+            for cell in self.cells():
+                key = digest([cell.key, self.ablations.evaluation[cell.part]])
+                yield key, partial(make, cell, key)
+
+        self.fill(tasks)
 
     def evaluate(self, model: Any, tokenizer: Any, cell: Cell) -> Row:
         """What is measured on a trained model."""
@@ -203,21 +210,25 @@ def recall(model: Any, cell: Cell, wanted: Row) -> Row:
     return found | {"note": note}
 
 
+def work(args: argparse.Namespace) -> None:
+    """What one process does."""
+    if DEVICE == "cpu":
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+    texts = read_texts(args.texts) if args.texts else load_texts("perplexity")
+    Mechanism(Ablations.load(args.grid), args, texts).work()
+
+
 def main() -> None:
     parser = arguments("mechanism", __doc__ or "")
     parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--texts", nargs="+", help="test texts; default those of the package")
     parser.set_defaults(grid=None, out=None)
     args = parser.parse_args()
-    path = args.grid or HERE / "mechanism" / f"{args.size}.yaml"
+    args.grid = args.grid or HERE / "mechanism" / f"{args.size}.yaml"
     args.out = args.out or RESULTS / f"trained_mechanism_{args.size}.jsonl"
     if args.size == "gpu" and not (args.data and args.texts):
         parser.error("--data (a folder of books) and --texts (other books) are needed")
-    if DEVICE == "cpu":
-        torch.set_num_threads(min(2, torch.get_num_threads()))
-    texts = read_texts(args.texts) if args.texts else load_texts("perplexity")
-    runner = Mechanism(Ablations.load(path), args, texts)
-    go(runner.work)
+    go(args, work)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Multi-query associative recall by trained attention: accuracy and inference time by length.
+"""Multi-query associative recall by trained attention: accuracy by length.
 
-    python benchmarks/trained/mqar.py --budget-seconds 560 --only part="d128, 512 pairs"
+    python benchmarks/trained/mqar.py --jobs 5 --budget-seconds 560 --only part="d128, 512 pairs"
 
 A finished cell is a line of --out at once; the same command goes on where it ended, in the middle
-of a training run, too.
+of a training run, too. Trained models stay in --runs, for mqar_times.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 from functools import partial
 from typing import Any
 
 import torch
-from cells import DEVICE, Runner, arguments, go, parameters
+from cells import DEVICE, Runner, arguments, parameters
 from grid import Cell, Grid, Row
+from jobs import go
 
-from dynmask.bench.timing import Clock, Run, measure
 from dynmask.train.mqar import Mqar, Recall
 from dynmask.train.source import Step
 from dynmask.train.trainer import answer_counts
@@ -57,35 +58,15 @@ def accuracy(model: Any, task: Mqar, length: int, *, rows: int, tokens: int) -> 
     }
 
 
-def seconds(model: Any, task: Mqar, length: int, *, tokens: int, rounds: int) -> Row:
-    """Time of one forward pass over so many tokens in rows of a length; logits of the last one."""
-    rows = max(1, tokens // length)
-    ids = torch.from_numpy(Recall(task).at(Step(0, 0, 0, rows, length, SEED)).ids).to(DEVICE)
-    call = partial(model, input_ids=ids, use_cache=False, logits_to_keep=1)
-    times = measure(
-        {"model": Run(call)}, Clock(torch.device(DEVICE)), rounds=rounds, warmups=3, budget=2.0
-    )
-    return {"batch": rows, "seconds": times["model"].to_dict()}
-
-
 def evaluate(model: Any, tokenizer: Any, cell: Cell, *, evaluation: dict[str, Any]) -> Row:
-    """Accuracy and time at every length."""
+    """Accuracy at every length."""
     task = cell.recipe.data
     assert isinstance(task, Mqar)
     task = dataclasses.replace(task, fewest=None)
-    lengths = []
-    for length in evaluation["lengths"]:
-        found = accuracy(
-            model, task, length, rows=evaluation["rows"], tokens=evaluation["tokens_per_call"]
-        )
-        timed = seconds(
-            model,
-            task,
-            length,
-            tokens=evaluation["timed_tokens"],
-            rounds=evaluation["rounds"],
-        )
-        lengths.append(found | timed)
+    lengths = [
+        accuracy(model, task, at, rows=evaluation["rows"], tokens=evaluation["tokens_per_call"])
+        for at in evaluation["lengths"]
+    ]
     note = " ".join(f"{x['length']}: {100 * x['accuracy']:.1f} %" for x in lengths)
     return {
         "parameters": parameters(model),
@@ -95,14 +76,19 @@ def evaluate(model: Any, tokenizer: Any, cell: Cell, *, evaluation: dict[str, An
     }
 
 
+def work(args: argparse.Namespace) -> None:
+    """What one process does."""
+    grid = Grid.load(args.grid)
+    measured = partial(evaluate, evaluation=grid.evaluation)
+    Runner(grid, args.grid.parent, args).run(measured, keep=True)
+
+
 def main() -> None:
     parser = arguments("mqar", __doc__ or "")
     args = parser.parse_args()
     if args.data:
         parser.error("the rows are generated: leave --data out")
-    grid = Grid.load(args.grid)
-    runner = Runner(grid, args.grid.parent, args)
-    go(lambda: runner.run(partial(evaluate, evaluation=grid.evaluation), keep=False))
+    go(args, work)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,16 @@ must lie in --runs. A finished figure is a line of --out at once.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, Runner, arguments, go, read_rows, tidy
+from cells import RESULTS, Runner, Task, arguments, read_rows, tidy
 from grid import Cell, Grid, Row, digest
+from jobs import go
 
 from dynmask.assets import load_texts
 from dynmask.cli.inputs import read_texts
@@ -90,7 +94,7 @@ def asked(
     }
 
 
-def work(runner: Runner, scaling: list[Row], texts: list[str]) -> None:
+def fill(runner: Runner, scaling: list[Row], texts: list[str]) -> None:
     """Train all sources on, then ask, each length of all methods together."""
     grid = runner.grid
     found = sources(scaling, grid)
@@ -107,13 +111,31 @@ def work(runner: Runner, scaling: list[Row], texts: list[str]) -> None:
             print(f"{source['part']} {source['method']}: no model in {runner.runs}; left out")
             continue
         cells.append((cell, source))
-    trained = [(cell, source, runner.trained(cell)) for cell, source in cells]
     evaluation = grid.evaluation
-    for length in evaluation["lengths"]:
-        for task in evaluation["tasks"]:
-            for cell, source, head in trained:
-                key = digest([cell.key, task, length, evaluation["n"], evaluation["seed"]])
-                if runner.has(key) or not runner.wanted(
+    heads: dict[str, Row] = {}
+
+    def train(cell: Cell) -> None:
+        heads[cell.key] = runner.trained(cell)
+
+    def ask(cell: Cell, source: Row, task: str, length: int, key: str) -> None:
+        runner.left()
+        # Of a model that another process trained, its log says how that went.
+        row = heads.get(cell.key) or runner.trained(cell)
+        row = row | {"key": key, "task": task, "length": length, "source": source["key"]}
+        if "failed" not in row and "diverged" not in row:
+            tidy(runner.runs / cell.key)
+            row |= runner.measured(
+                cell,
+                lambda model, tokenizer, _: asked(
+                    model, tokenizer, texts, task, length, evaluation
+                ),
+            )
+        runner.append(row)
+
+    def asks(cell: Cell, source: Row) -> Iterator[Task]:
+        for length in evaluation["lengths"]:
+            for task in evaluation["tasks"]:
+                if runner.wanted(
                     part=cell.part,
                     method=cell.method,
                     lr=source["lr"],
@@ -121,18 +143,29 @@ def work(runner: Runner, scaling: list[Row], texts: list[str]) -> None:
                     task=task,
                     length=length,
                 ):
-                    continue
-                runner.left()
-                row = head | {"key": key, "task": task, "length": length, "source": source["key"]}
-                if "failed" not in row and "diverged" not in row:
-                    tidy(runner.runs / cell.key)
-                    row |= runner.measured(
-                        cell,
-                        lambda model, tokenizer, _, t=task, at=length: asked(
-                            model, tokenizer, texts, t, at, evaluation
-                        ),
-                    )
-                runner.append(row)
+                    key = digest([cell.key, task, length, evaluation["n"], evaluation["seed"]])
+                    yield key, partial(ask, cell, source, task, length, key)
+
+    def tasks() -> Iterator[Task]:
+        each = [(cell, list(asks(cell, source))) for cell, source in cells]
+        for cell, mine in each:
+            if not all(runner.has(key) for key, _ in mine):
+                yield cell.key, partial(train, cell)
+        # All lists are as long: --only leaves the same questions to every cell.
+        for together in zip(*(mine for _, mine in each), strict=True):
+            for (cell, _), task in zip(each, together, strict=True):
+                # What another process could not train it keeps as such.
+                if cell.key in heads or runner.complete(cell):
+                    yield task
+
+    runner.fill(tasks)
+
+
+def work(args: argparse.Namespace) -> None:
+    """What one process does."""
+    texts = read_texts(args.texts) if args.texts else load_texts("haystack")
+    runner = Runner(Grid.load(args.grid), args.grid.parent, args)
+    fill(runner, read_rows(args.scaling), texts)
 
 
 def main() -> None:
@@ -142,10 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.data:
         parser.error("--data is missing: a folder of books")
-    grid = Grid.load(args.grid)
-    texts = read_texts(args.texts) if args.texts else load_texts("haystack")
-    runner = Runner(grid, args.grid.parent, args)
-    go(lambda: work(runner, read_rows(args.scaling), texts))
+    go(args, work)
 
 
 if __name__ == "__main__":

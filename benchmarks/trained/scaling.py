@@ -10,11 +10,13 @@ Trained models stay in --runs, for past.py.
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 from typing import Any
 
-from cells import Runner, arguments, go, parameters
+from cells import Runner, arguments, parameters
 from grid import Cell, Grid, Row
+from jobs import go
 
 from dynmask.cli.inputs import read_texts
 from dynmask.eval import perplexity
@@ -44,16 +46,20 @@ def evaluate(
     }
 
 
+def work(args: argparse.Namespace) -> None:
+    """What one process does."""
+    grid = Grid.load(args.grid)
+    measured = partial(evaluate, texts=read_texts(args.texts), evaluation=grid.evaluation)
+    Runner(grid, args.grid.parent, args).run(measured, keep=True)
+
+
 def main() -> None:
     parser = arguments("scaling", __doc__ or "")
     parser.add_argument("--texts", nargs="+", help="test texts, no book of --data")
     args = parser.parse_args()
     if not args.data or not args.texts:
         parser.error("--data (a folder of books) and --texts (other books) are needed")
-    grid = Grid.load(args.grid)
-    runner = Runner(grid, args.grid.parent, args)
-    measured = partial(evaluate, texts=read_texts(args.texts), evaluation=grid.evaluation)
-    go(lambda: runner.run(measured, keep=True))
+    go(args, work)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ is right once in as many as there are pairs. A model has 2 layers and is trained
 selector such as DMA's can keep all values as long as there are at most 512; beyond, it has to drop
 some before it knows which are asked for.
 
-Times are of the models as they were trained: MHA, SWA and MLA by transformers with torch's SDPA
-(SWA's window is a mask to it, whose hidden part it computes), NSA and DMA on this package's engine.
+Times are of the models as they were trained, in turn in one process on a GPU of their own: MHA, SWA
+and MLA by transformers with torch's SDPA (SWA's window is a mask to it, whose hidden part it
+computes), NSA and DMA on this package's engine. *Against MHA* is the ratio of two medians of that
+process: below 1 is faster than MHA; in brackets the widest range that the quartiles allow.
 """
 
 SCALING = """\
@@ -50,7 +52,8 @@ Running text of books; trained and measured on 4,096 tokens, where SWA, NSA and 
 a row (NSA compressed ones besides). Parameters differ by less than 1 %. *Against MHA* is the
 relative change of the perplexity, window by window on the same text and at the same seed, with a
 95 % interval from the scatter of the windows: that of the seeds comes on top. Layers run
-uncompiled, attention by torch's SDPA (MHA, SWA, MLA) or this package's engine.
+uncompiled, attention by torch's SDPA (MHA, SWA, MLA) or this package's engine. Tokens per second
+are of runs that had the GPU to themselves.
 """
 
 PAST = """\
@@ -73,7 +76,11 @@ def page(rows: dict[str, list[Row]]) -> tuple[str, dict[str, str]]:
     parts, pictures = [INTRO], {}
     if found := rows.get("mqar"):
         parts += ["## Associative recall\n", MQAR, origin(found), ""]
-        parts += [mqar(part, [r for r in found if r["part"] == part]) for part in names(found)]
+        timed = {row["part"]: row for row in found if "times" in row}
+        found = [row for row in found if "times" not in row]
+        for part in dict.fromkeys([*names(found), *timed]):
+            parts += [mqar(part, [row for row in found if row["part"] == part])]
+            parts += [times(timed[part])] if part in timed else []
     if found := rows.get("scaling"):
         parts += ["## Perplexity by size\n", SCALING, origin(found), ""]
         parts += [scaling(part, [r for r in found if r["part"] == part]) for part in names(found)]
@@ -151,16 +158,16 @@ def rates(rows: Sequence[Row]) -> str:
 
 
 def mqar(part: str, rows: Sequence[Row]) -> str:
-    """Accuracy and time by length."""
+    """Accuracy by length."""
     some = next((row for row in rows if "lengths" in row), None)
     head = [f"### {part}\n"]
     if some is None:
-        return "\n".join([*head, rates(rows)])
+        return "\n".join([*head, *([rates(rows)] if rows else [])])
     columns = [
         f"{at['length']:,} tokens, {at['pairs']:,} pairs"
         for at in sorted(some["lengths"], key=lambda at: at["length"])
     ]
-    scores, times = [], []
+    scores = []
     for method in names(rows, "method"):
         runs = chosen(rows, method)
         if not runs:
@@ -178,27 +185,43 @@ def mqar(part: str, rows: Sequence[Row]) -> str:
                 ),
             ]
         )
-        times.append(
-            [
-                NAMES[method],
-                *(
-                    f"{1e3 * statistics.median(at['seconds']['median'] for at in each):.2f}"
-                    for each in zip(*by, strict=True)
-                ),
-            ]
-        )
-    tokens = max(at["batch"] * at["length"] for at in some["lengths"])
     return "\n".join(
         [
             *head,
             "Accuracy in %, mean of the seeds (least to largest):\n",
             table(["method", "parameters", "rate", "seeds", *columns], scores),
-            f"Milliseconds of a forward pass over {tokens:,} tokens in rows of the length, median "
-            "of the calls:\n",
-            table(["method", *(column.rpartition(", ")[0] for column in columns)], times),
             rates(rows),
         ]
     )
+
+
+def times(row: Row) -> str:
+    """Time by length, and against MHA in the same process."""
+    each = sorted(row["times"], key=lambda at: at["length"])
+    lines = []
+    for method in (name for name in NAMES if name in row["runs"]):
+        cells = []
+        for at in each:
+            mine, full = (at["seconds"].get(name) for name in (method, "mha"))
+            ratio = f", {_ratio(mine, full)}" if mine and full and method != "mha" else ""
+            cells.append(f"{1e3 * mine['median']:.2f}{ratio}" if mine else "")
+        lines.append([NAMES[method], *cells])
+    tokens = max(at["batch"] * at["length"] for at in each)
+    absent = [f"{NAMES[method]} ({why})" for method, why in row["missing"].items()]
+    return "\n".join(
+        [
+            f"Milliseconds of a forward pass over {tokens:,} tokens in rows of the length, and "
+            "against MHA:\n",
+            table(["method", *(f"{at['length']:,} tokens" for at in each)], lines),
+            *([f"Not timed: {', '.join(absent)}.\n"] if absent else []),
+        ]
+    )
+
+
+def _ratio(mine: Row, full: Row) -> str:
+    middle = mine["median"] / full["median"]
+    low, high = mine["low"] / full["high"], mine["high"] / full["low"]
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def scaling(part: str, rows: Sequence[Row]) -> str:
@@ -223,7 +246,7 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
                 spread([run["perplexity"]["score"] for run in runs], ".3f"),
                 spread([run["perplexity"]["metrics"]["bits_per_byte"] for run in runs], ".4f"),
                 against(pairs),
-                f"{statistics.median(run['tokens_per_second'] or 0 for run in runs):,.0f}",
+                speed(runs),
             ]
         )
     if not lines:
@@ -237,6 +260,12 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
     return "\n".join(
         [f"### {part}\n", what + "\n", table([*head, "tokens/s, training"], lines), rates(rows)]
     )
+
+
+def speed(runs: Sequence[Row]) -> str:
+    """Median tokens a second of the runs that had the GPU to themselves."""
+    alone = [run["tokens_per_second"] or 0 for run in runs if run["jobs"] == 1]
+    return f"{statistics.median(alone):,.0f}" if alone else ""
 
 
 def against(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
