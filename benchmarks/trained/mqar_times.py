@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from cells import DEVICE, Runner, append, arguments, free, loaded, surroundings
 from grid import Grid, Part, Row, best_so_far, digest
 from jobs import begin
@@ -123,6 +124,7 @@ def main() -> None:
         idle, total = torch.cuda.mem_get_info()
         if total - idle > USED:
             parser.error(f"another process has {(total - idle) / 2**30:.1f} GiB of the GPU")
+    transformers.utils.logging.disable_progress_bar()
     begin(args)
     work(Runner(Grid.load(args.grid), args.grid.parent, args))
 

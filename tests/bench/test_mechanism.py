@@ -20,6 +20,8 @@ from dynmask.train.source import Step
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "trained"
 NAMES = (
+    "claims",
+    "jobs",
     "grid",
     "cells",
     "mqar",

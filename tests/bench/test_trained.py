@@ -3,14 +3,17 @@
 import importlib
 import json
 import math
+import os
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from trained_arguments import arguments
+from trained_arguments import arguments, breaks, late
 
 from dynmask.assets import load_texts
 from dynmask.train.models import build_model
@@ -38,7 +41,8 @@ OWN = {
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(FOLDER))
-    names = ("grid", "cells", "mqar", "scaling", "past", "trained_page")
+    names = ("claims", "jobs", "grid", "cells", "mqar", "mqar_times", "scaling", "past")
+    names += ("trained_page",)
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
@@ -65,7 +69,7 @@ def write_grid(folder, **grid):
     return path
 
 
-MQAR = {"lengths": [64, 32], "rows": 3, "tokens_per_call": 128, "timed_tokens": 64, "rounds": 3}
+MQAR = {"lengths": [64, 32], "rows": 3, "tokens_per_call": 128}
 
 
 @pytest.fixture
@@ -84,6 +88,7 @@ def recall(scripts, tmp_path):
             seeds=list(seeds),
             parts=[{"name": "tiny", "recipes": "tiny"}],
             evaluation=MQAR,
+            times={"tokens": 64, "rounds": 3},
         )
         grid = scripts.grid.Grid.load(path)
         return scripts.cells.Runner(grid, folder, arguments(tmp_path, **changes))
@@ -101,20 +106,15 @@ def test_every_method_is_trained_once(scripts, recall, tmp_path):
     assert [row["method"] for row in kept] == list(METHODS)
     for row in kept:
         assert "failed" not in row, row
-        assert [(at["length"], at["pairs"], at["batch"]) for at in row["lengths"]] == [
-            (64, 8, 1),
-            (32, 8, 2),
-        ]
-        assert all(
-            0 <= at["accuracy"] <= 1 and at["seconds"]["median"] > 0 for at in row["lengths"]
-        )
+        assert [(at["length"], at["pairs"]) for at in row["lengths"]] == [(64, 8), (32, 8)]
+        assert all(0 <= at["accuracy"] <= 1 for at in row["lengths"])
         assert row["seed"] == 0
         assert row["steps"] == 3
         assert row["tokens"] == 3 * 128
         assert row["environment"]["device"]["name"]
         assert row["recipe"]["model"]["type"]
         assert row["valid_loss"] > 0
-    assert not list(first.runs.iterdir()), "checkpoints are not kept"
+    assert [path.name for path in first.runs.iterdir()] == ["claims"], "nothing is kept"
 
     # A line that was cut off is written again; no other is.
     text = first.args.out.read_text()
@@ -135,7 +135,123 @@ def test_every_method_is_trained_once(scripts, recall, tmp_path):
             f"| {pages.NAMES[row['method']]} | {row['parameters'] / 1e6:.2f}M | 0.01 | 1 |" in text
         )
         assert f"| {mean:.1f} |" in text
-    assert "| method | 32 tokens | 64 tokens |" in text
+    assert "against MHA" not in text
+
+
+def test_methods_are_timed_together(scripts, recall, capsys):
+    first = recall.make(lrs=[0.01, 0.02])
+    first.run(recall.evaluate, keep=True)
+    (part,) = first.grid.parts
+    best = {m: scripts.grid.best_so_far(first.rows, part, m) for m in first.grid.methods}
+    scripts.mqar_times.work(recall.make(("mha", "swa", "dma"), lrs=[0.01, 0.02]))
+    *cells, row = first.rows
+    assert len(cells) == 4
+    assert row["environment"]["device"]["name"]
+    assert {m: run["run"] for m, run in row["runs"].items()} == {
+        m: one["run"] for m, one in best.items()
+    }
+    assert row["missing"] == {"swa": "no finished run"}
+    assert [(at["length"], at["batch"], set(at["seconds"])) for at in row["times"]] == [
+        (64, 1, {"mha", "dma"}),
+        (32, 2, {"mha", "dma"}),
+    ]
+    assert all(one["rounds"] == 3 for at in row["times"] for one in at["seconds"].values())
+    scripts.mqar_times.work(recall.make(("mha", "swa", "dma"), lrs=[0.01, 0.02]))
+    assert len(first.rows) == 5, "they are there"
+    assert "are there" in capsys.readouterr().out
+
+    # Its model is gone, and its cells are as they were.
+    shutil.rmtree(first.runs / best["mha"]["run"] / "model")
+    scripts.mqar_times.work(recall.make(lrs=[0.01, 0.02]))
+    assert set(first.rows[-1]["runs"]) == {"dma"}
+    cells = list(recall.make(lrs=[0.01, 0.02], seeds=(0, 1)).cells())
+    assert [(c.method, c.recipe.seed) for c in cells[-2:]] == [("mha", 1), ("dma", 1)]
+    text, _ = scripts.trained_page.page({"mqar": first.rows})
+    assert "Not timed: MHA (the model of the run at rate" in text
+
+
+def test_ratios_are_those_of_one_process(scripts):
+    def one(median, low, high):
+        return {"median": median, "low": low, "high": high, "rounds": 3}
+
+    at = {"length": 64, "batch": 2, "seconds": {"mha": one(4, 2, 5), "dma": one(2, 1, 3)}}
+    row = {"part": "x", "runs": {"dma": 0, "mha": 0}, "times": [at], "missing": {"nsa": "gone"}}
+    text = scripts.trained_page.times(row)
+    assert "| MHA | 4000.00 |\n| DMA | 2000.00, 0.50 (0.20 to 1.50) |" in text
+    assert "over 128 tokens" in text
+    assert "Not timed: NSA (gone)." in text
+
+
+def test_a_claim_is_one_process_s(scripts, tmp_path):
+    claim = scripts.claims.claim
+    with claim(tmp_path / "a", "one") as first, claim(tmp_path / "a", "one") as second:
+        assert (first, second) == ("mine", "taken")
+    with claim(tmp_path / "a", "one") as again, claim(tmp_path / "b", "one") as other:
+        assert (again, other) == ("tried", "mine")
+    with claim(tmp_path / "a", "another start") as later:
+        assert later == "mine"
+
+
+def test_lines_are_whole_when_many_write(scripts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    row = {"key": "x", "curve": [0.5] * 20000}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: scripts.cells.append(out, row), range(40)))
+    assert len(out.read_text().splitlines()) == 40
+    assert scripts.cells.read_rows(out) == [row] * 40
+
+
+def test_what_another_process_finds_brings_new_cells(scripts, recall, monkeypatch):
+    """It has the one method's first seed: the second seed waits for what that finds."""
+    runner = recall.make(["mha", "dma"], seeds=(0, 1))
+    theirs, *_ = runner.cells()
+    key = scripts.grid.digest([theirs.key, MQAR])
+    claim = scripts.claims.claim(runner.runs / "claims" / key, "another start")
+    assert claim.__enter__() == "mine"
+
+    def finish(_):
+        row = {"key": key, "part": "tiny", "method": "mha", "lr": 0.01, "seed": 0}
+        row |= {"valid_loss": 1.0, "train_seconds": 0.0}
+        scripts.cells.append(runner.args.out, row)
+        claim.__exit__(None, None, None)
+
+    monkeypatch.setattr(scripts.cells.time, "sleep", finish)
+    runner.run(recall.evaluate, keep=False)
+    assert [(row["method"], row["seed"]) for row in runner.rows] == [
+        ("dma", 0),
+        ("dma", 1),
+        ("mha", 0),
+        ("mha", 1),
+    ]
+
+
+def test_what_breaks_is_tried_once_in_a_start(scripts, recall):
+    asked = []
+
+    def broken(model, tokenizer, cell):
+        asked.append(cell.method)
+        raise ValueError("no figure")
+
+    first = recall.make(["mha"])
+    first.run(broken, keep=False)
+    first.run(broken, keep=False)  # as another process of the same start would
+    assert asked == ["mha"]
+
+
+def test_a_process_that_is_killed_leaves_the_rest_to_the_others(scripts, tmp_path):
+    args = arguments(tmp_path, jobs=2)
+    args.runs.mkdir()
+    with pytest.raises(SystemExit, match="1 of 2 processes broke"):
+        scripts.jobs.go(args, breaks)
+    pieces, processes = zip(*map(str.split, args.out.read_text().splitlines()), strict=True)
+    assert sorted(pieces) == ["b", "c"]
+    assert len(set(processes)) == 1
+    assert str(os.getpid()) not in processes
+
+
+def test_who_has_no_time_says_so(scripts, tmp_path, capsys):
+    scripts.jobs.go(arguments(tmp_path), late)
+    assert capsys.readouterr().out == "the budget is spent; the same command goes on\n"
 
 
 def test_a_run_goes_on_where_the_time_ended(scripts, recall, monkeypatch):
@@ -286,7 +402,7 @@ def test_scaling_and_past(scripts, books, tmp_path):
     later = arguments(tmp_path, data=books, out=tmp_path / "past.jsonl")
     for _ in range(2):
         runner = scripts.cells.Runner(grid, beyond, later)
-        scripts.past.work(runner, first, load_texts("haystack")[:1])
+        scripts.past.fill(runner, first, load_texts("haystack")[:1])
     second = scripts.cells.read_rows(later.out)
     assert [(row["task"], row["method"]) for row in second] == [
         (task, method) for task in ("longeval", "needle") for method in ("mha", "nsa", "dma")
