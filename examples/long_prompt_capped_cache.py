@@ -1,7 +1,7 @@
 """Read a prompt that is longer than the cache may hold: ``run.cache(max_cache_tokens=...)``.
 
 A record of lines, then a question about one of them. The prompt is read with dynamic masks; then
-each kv head gives up the keys that the prompt's last rows, the question, hardly look at. Memory
+each layer gives up the tokens that the prompt's last rows, the question, hardly look at. Memory
 while answering is that of ``max_cache_tokens``, however long the prompt. A later question may ask
 for what is gone: the cache is for one question at the end of its prompt.
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(model_folder()), help="folder or hub name")
     parser.add_argument("--lines", type=int, default=200)
-    parser.add_argument("--slots", type=int, default=512, help="tokens that a kv head may hold")
+    parser.add_argument("--slots", type=int, default=512, help="tokens that a layer may hold")
     options = parser.parse_args(arguments)
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

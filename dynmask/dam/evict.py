@@ -1,4 +1,4 @@
-"""Which keys of a full cache to give up: those that the last rows hardly look at."""
+"""Which tokens of a full cache to give up: those that the last rows hardly look at."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ _AROUND = 8  # A fact is several tokens: those on either side of what is looked 
 
 
 def importance(q: Tensor, k: Tensor, *, rows: Tensor, slots: Tensor, scale: float) -> Tensor:
-    r"""Say what the attention of the last rows would lose with a key.
+    r"""Say what the attention of the last rows would lose with a token.
 
-    .. math:: r_j = \max_{|t - j| \le 8} \operatorname{mean}_{rows, heads} P_{it}^2
+    .. math:: r_j = \max_{g} \max_{|t - j| \le 8} \operatorname{mean}_{rows, heads\ of\ g} P_{it}^2
 
-    The first `SINKS` and the last `RECENT` tokens count as infinitely important, empty slots as -1.
+    The largest over the kv heads g: a layer keeps what any of its heads looks at, in all of them. A
+    head may need a token only later that another one has found already, as heads that copy a number
+    look at its last digits when the first are written. The first `SINKS` and the last `RECENT`
+    tokens count as infinitely important, empty slots as -1.
 
     Args:
         q: ``[B, H, n, D]``, the queries of the last ``n <= RECENT`` tokens, which own the last
@@ -32,33 +35,35 @@ def importance(q: Tensor, k: Tensor, *, rows: Tensor, slots: Tensor, scale: floa
         scale: Factor of the logits.
 
     Returns:
-        ``[B, G, S]`` float32.
+        ``[B, S]`` float32. Of heads that are split over processes, the largest of theirs is that
+        of all.
 
     Source: keys chosen by the attention of the last rows, with their neighbours, SnapKV (arXiv
-    2404.14469), which takes the mean of ``P`` and two neighbours.
+    2404.14469), which takes the mean of ``P`` and two neighbours, and each head its own.
     """
     batch, heads, n, _ = q.shape
     groups, size = k.shape[1:3]
     slot = torch.arange(size, device=q.device)
     hidden = (slot > slot[size - n :, None]) | ~slots[:, None]
     padding = ~rows[:, None, :, None]
-    square = torch.empty(batch, groups, size, device=q.device)
+    largest = torch.zeros(batch, size, device=q.device)
     for g in range(groups):  # One at a time: over a long prompt the logits of all would be large.
         of_group = q[:, g * (heads // groups) : (g + 1) * (heads // groups)]
         logits = (of_group @ k[:, g, None].mT).to(accumulation_dtype(q.dtype)).mul_(scale)
         weights = logits.masked_fill_(hidden[:, None], float("-inf")).softmax(-1)
         # A row of padding may see nothing.
-        square[:, g] = weights.square_().masked_fill_(padding, 0).sum((1, 2))
-    square /= (rows.sum(-1) * (heads // groups)).clamp_min(1)[:, None, None]
+        square = weights.square_().masked_fill_(padding, 0).sum((1, 2))
+        largest = torch.maximum(largest, square.float())
+    largest /= (rows.sum(-1) * (heads // groups)).clamp_min(1)[:, None]
     width = 2 * _AROUND + 1
-    found = torch.nn.functional.max_pool1d(square, width, stride=1, padding=_AROUND)
+    found = torch.nn.functional.max_pool1d(largest, width, stride=1, padding=_AROUND)
     begin = size - slots.sum(-1)[:, None]
     stay = ((slot >= begin) & (slot < begin + SINKS)) | (slot >= size - RECENT)
-    return found.masked_fill(stay[:, None], float("inf")).masked_fill(~slots[:, None], -1)
+    return found.masked_fill(stay, float("inf")).masked_fill(~slots, -1)
 
 
 def kept(score: Tensor, count: int) -> Tensor:
-    """Return ``[B, G, count]``, the slots of largest ``score [B, G, S]`` in ascending order.
+    """Return ``[B, count]``, the slots of largest ``score [B, S]`` in ascending order.
 
     Neighbours share scores: of equal ones the earlier stay.
     """

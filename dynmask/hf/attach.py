@@ -19,6 +19,7 @@ from dynmask.hf.dynamic import LayerPolicy
 from dynmask.hf.fingerprint import check_fingerprint
 from dynmask.hf.keys import key_mask
 from dynmask.hf.leased import Lease, LeasedCache
+from dynmask.hf.parallel import split_group
 from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.run_cache import RunLayer
 from dynmask.hf.switch import Switch
@@ -139,7 +140,7 @@ class Run:
         self.mode = mode if policy is None else policy.name
         self.impl = impl
         self._tally = Tally()
-        self._lease = Lease()
+        self._lease = Lease(split_group(model, (layer.module for layer in layers)))
         self._attached: list[Attached] = []
         for layer in layers:
             own = OWN_WINDOW if layer.own_window is not None else None
@@ -197,11 +198,11 @@ class Run:
         these heads. Keys and values are written in place, where transformers' own dynamic cache
         copies all of them at every step.
 
-        With a number each kv head of each layer holds at most so many slots (a call's own tokens
-        come on top while it runs). Once a sequence is longer, the keys that its last 64 rows hardly
-        look at are given up: after the prefill, and whenever the slots are full again. Each
-        head so keeps what it has looked at itself; what is looked at only later, by a question or
-        while an answer is copied, may be gone. Rows then run dense over the slots.
+        With a number each layer holds at most so many tokens (a call's own come on top while it
+        runs). Once a sequence is longer, the tokens that its last 64 rows hardly look at with any
+        of the layer's heads are given up: after the prefill, and whenever the slots are full again.
+        What no head has looked at when it is asked for, by a later question or while an answer is
+        written, may be gone. Rows then run dense over the slots.
 
         Left and right padding, beams, assisted decoding and chunks work as with transformers' own
         caches; `crop` only for the last 64 tokens where heads forget, and only for tokens since

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers.cache_utils import DynamicLayer
 
 from dynmask.dam.evict import RECENT, SINKS, importance, kept, last_real
@@ -22,12 +22,12 @@ SMALLEST = 2 * (SINKS + RECENT)
 class CappedLayer(LeasedLayer):
     """One layer of a capped cache: an ordinary one until its tokens exceed the cap.
 
-    Then, and whenever the slots are full again, the keys that the last rows hardly look at are
-    given up, see `dynmask.dam.evict`. Rows of a call still see all slots and each other; only what
-    is kept after the call is bounded.
+    Then, and whenever the slots are full again, the tokens that the last rows hardly look at with
+    any head are given up, in all heads; see `dynmask.dam.evict`. Rows of a call still see all slots
+    and each other; only what is kept after the call is bounded.
 
     Args:
-        cap: Slots for each kv head.
+        cap: Slots, the same tokens in every kv head.
         lease: Of the run that makes the cache.
 
     Attributes:
@@ -116,15 +116,16 @@ class CappedLayer(LeasedLayer):
         if not self._whole:  # Empty slots first, so that the last rows own the last slots.
             order = filled.sort(dim=-1, stable=True).indices
             filled = filled.gather(1, order)
-            order = order[:, None].expand(-1, self.keys.shape[1], -1)
             self.keys, self.values = _taken(self.keys, order), _taken(self.values, order)
         score = importance(
             self._queries, self.keys, rows=self._real, slots=filled, scale=self._scale
         )
+        if self._lease.group is not None:  # All keep what the heads of any process look at.
+            distributed.all_reduce(score, distributed.ReduceOp.MAX, self._lease.group)
         stay = kept(score, self.cap - min(_ROOM, self.cap // 8))
         self.keys, self.values = _taken(self.keys, stay), _taken(self.values, stay)
-        # Empty slots stay last, so a row's filled slots are its last ones, in every head.
-        self._held = filled[:, -stay.shape[2] :]
+        # Empty slots stay last, so a row's filled slots are its last ones.
+        self._held = filled[:, -stay.shape[1] :]
         self.evicted = True
         self._since = 0
 
@@ -178,5 +179,6 @@ class CappedLayer(LeasedLayer):
 
 
 def _taken(source: Tensor, order: Tensor) -> Tensor:
-    """Return ``[B, G, n, D]``, the rows of ``source`` at ``order [B, G, n]``."""
-    return source.gather(2, order[..., None].expand(-1, -1, -1, source.shape[3]))
+    """Return ``[B, G, n, D]``, the rows of ``source`` at ``order [B, n]``."""
+    index = order[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3])
+    return source.gather(2, index)

@@ -17,10 +17,15 @@ _LAYER = "_dynmask_cache_layer"
 
 
 class Lease:
-    """Says whether a run still holds its model; copies of a cache share it."""
+    """Says whether a run still holds its model; copies of a cache share it.
 
-    def __init__(self) -> None:
+    Args:
+        group: The processes that the model's heads are split over; None if each has all of them.
+    """
+
+    def __init__(self, group: Any = None) -> None:
         self.open = True
+        self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self

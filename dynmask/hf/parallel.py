@@ -48,13 +48,28 @@ def refuse_split(model: nn.Module, attention: Iterable[nn.Module]) -> None:
     """
     for module in attention:
         for weight in module.parameters():
-            size = _splits(weight, model)
-            if size > 1:
+            mesh, axis = _split(weight, model)
+            if mesh is not None:
                 raise ValueError(
-                    f"the model's heads are split over {size} processes (tensor parallelism), and "
-                    "each would see its own alone: calibrate the model without a tp_plan; the plan "
-                    "then serves the split model too"
+                    f"the model's heads are split over {mesh.size(axis)} processes (tensor "
+                    "parallelism), and each would see its own alone: calibrate the model without a "
+                    "tp_plan; the plan then serves the split model too"
                 )
+
+
+def split_group(model: nn.Module, attention: Iterable[nn.Module]) -> Any:
+    """Return the process group that tensor parallelism splits a model's heads over, or None.
+
+    Args:
+        model: The model.
+        attention: Its attention modules.
+    """
+    for module in attention:
+        for weight in module.parameters():
+            mesh, axis = _split(weight, model)
+            if mesh is not None:
+                return mesh.get_group(axis)
+    return None
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -76,20 +91,21 @@ def _place(module: nn.Module) -> tuple[int, int]:
     return 0, 1
 
 
-def _splits(weight: Tensor, model: nn.Module) -> int:
-    """Return over how many processes tensor parallelism splits a weight."""
+def _split(weight: Tensor, model: nn.Module) -> tuple[Any, int]:
+    """Return the mesh, and its axis, over which tensor parallelism splits a weight; None if not."""
     mesh: Any = getattr(weight, "device_mesh", None)
+    whole = None, 0
     if mesh is None:
-        return 1
+        return whole
     names = mesh.mesh_dim_names or ()
     if "tp" in names:
         axis = names.index("tp")
     elif not names and mesh.ndim == 1 and not _is_fsdp(model):
         axis = 0  # transformers' own mesh, until it got names.
     else:
-        return 1
+        return whole
     placements: Any = weight.placements  # type: ignore[attr-defined]
-    return 1 if placements[axis].is_replicate() else int(mesh.size(axis))
+    return whole if placements[axis].is_replicate() or mesh.size(axis) == 1 else (mesh, axis)
 
 
 def _is_fsdp(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ def by_definition(q, k, rows, slots, scale):
     q, k = q.double(), k.double()
     batch, heads, n, _ = q.shape
     groups, size = k.shape[1:3]
-    out = torch.full((batch, groups, size), -1.0, dtype=torch.float64)
+    out = torch.full((batch, size), -1.0, dtype=torch.float64)
     for b in range(batch):
         real = [s for s in range(size) if slots[b, s]]
         for g in range(groups):
@@ -27,9 +27,10 @@ def by_definition(q, k, rows, slots, scale):
                     for s, weight in zip(seen, p.tolist(), strict=True):
                         square[s] += weight**2 / (len(asked) * len(of_group))
             for place, s in enumerate(real):
-                out[b, g, s] = max(square[t] for t in real if abs(t - s) <= 8)
+                found = max(square[t] for t in real if abs(t - s) <= 8)
+                out[b, s] = max(out[b, s], found)
                 if place < SINKS or s >= size - RECENT:
-                    out[b, g, s] = torch.inf
+                    out[b, s] = torch.inf
     return out
 
 
@@ -51,8 +52,8 @@ def test_importance_is_its_definition(heads, groups, size, n, empty, silent):
 
 
 def test_what_stays_is_in_order():
-    score = torch.tensor([[[0.5, torch.inf, -1.0, 0.1, 0.7, torch.inf]]])
-    assert kept(score, 4).tolist() == [[[0, 1, 4, 5]]]
+    score = torch.tensor([[0.5, torch.inf, -1.0, 0.1, 0.7, torch.inf]])
+    assert kept(score, 4).tolist() == [[0, 1, 4, 5]]
 
 
 def test_last_real_rows_stand_at_the_end():

@@ -20,25 +20,32 @@ B, G, H, D = 2, 2, 4, 8
 
 
 class Lists:
-    """The same rule on one list of token numbers a head, one batch row at a time."""
+    """The same rule on one list of token numbers, one batch row at a time."""
 
     def __init__(self, q, k, v, real):
         self.q, self.k, self.v, self.real = q.double(), k.double(), v.double(), real
-        self.held = [[[] for _ in range(G)] for _ in range(B)]
+        self.held = [[] for _ in range(B)]
         self.slots = self.seen = 0
 
     def evict(self):
         for b in range(B):
             asked = [t for t in range(self.seen) if self.real[b, t]][-RECENT:]
-            for g in range(G):
-                tokens = self.held[b][g]
-                q = self.q[b : b + 1, g * 2 : g * 2 + 2, asked]
-                k = self.k[b : b + 1, g : g + 1, tokens]
-                n, size = len(asked), len(tokens)
-                true = torch.ones(1, max(n, size), dtype=torch.bool)
-                score = importance(q, k, rows=true[:, :n], slots=true[:, :size], scale=D**-0.5)
-                best = score[0, 0].sort(descending=True, stable=True).indices[: CAP - ROOM]
-                self.held[b][g] = [tokens[i] for i in best.sort().values.tolist()]
+            tokens = self.held[b]
+            n, size = len(asked), len(tokens)
+            true = torch.ones(1, max(n, size), dtype=torch.bool)
+            of_heads = [
+                importance(
+                    self.q[b : b + 1, g * 2 : g * 2 + 2, asked],
+                    self.k[b : b + 1, g : g + 1, tokens],
+                    rows=true[:, :n],
+                    slots=true[:, :size],
+                    scale=D**-0.5,
+                )[0].tolist()
+                for g in range(G)
+            ]
+            score = [max(of_one) for of_one in zip(*of_heads, strict=True)]
+            best = sorted(range(size), key=lambda i: -score[i])[: CAP - ROOM]
+            self.held[b] = [tokens[i] for i in sorted(best)]
         self.slots = CAP - ROOM
 
     def call(self, count):
@@ -50,9 +57,9 @@ class Lists:
             for b in range(B):
                 if not self.real[b, t]:
                     continue
+                self.held[b].append(t)
+                tokens = self.held[b]
                 for g in range(G):
-                    self.held[b][g].append(t)
-                    tokens = self.held[b][g]
                     for h in (2 * g, 2 * g + 1):
                         p = (self.k[b, g, tokens] @ self.q[b, h, t] * D**-0.5).softmax(0)
                         out[b, h, i] = p @ self.v[b, g, tokens]

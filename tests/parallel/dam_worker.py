@@ -11,6 +11,7 @@ import pytest
 import torch
 from hf_models import make_plan
 from parallel_cases import mean_of_all, run
+from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -88,6 +89,24 @@ def same_tokens(kind, *, capped=False):
     assert torch.equal(*found)
 
 
+@torch.no_grad()
+def same_slots():
+    """Every process keeps the same tokens, those that the heads of any of them look at."""
+    split, whole = pair("llama")
+    ids = random_ids(2, 150)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    kept = []
+    for model in (split, whole):
+        with accelerate(model) as run:
+            cache = run.cache(140)
+            model(ids, attention_mask=mask, past_key_values=cache)
+            kept.append([layer.keys for layer in cache.layers])
+    for here, all_of_it in zip(*kept, strict=True):
+        assert here.shape[2] < 140
+        close(here, all_of_it.chunk(2, dim=1)[dist.get_rank()])
+
+
 def same_choice(policy):
     split, whole = pair("llama")
     ids = random_ids(1, LENGTH)
@@ -137,6 +156,7 @@ CASES = {
     "generate, llama": partial(same_tokens, "llama"),
     "generate, qwen3": partial(same_tokens, "qwen3"),
     "generate, capped": partial(same_tokens, "llama", capped=True),
+    "capped": same_slots,
     "H2O": partial(same_choice, H2O()),
     "TopK": partial(same_choice, TopK()),
     "another plan": another_models_plan_is_refused,

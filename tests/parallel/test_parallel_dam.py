@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate, Shard
 
-from dynmask.hf.parallel import heads_here, refuse_split
+from dynmask.hf.parallel import heads_here, refuse_split, split_group
 from dynmask.masks import Stripes
 
 
@@ -44,7 +44,10 @@ def spread(names, placements, *, size=2, fsdp=False):
     module = nn.Linear(4, 4)
     axes = len(placements)
     module.weight.device_mesh = SimpleNamespace(
-        mesh_dim_names=names, ndim=axes, size=lambda axis: size if axis == axes - 1 else 3
+        mesh_dim_names=names,
+        ndim=axes,
+        size=lambda axis: size if axis == axes - 1 else 3,
+        get_group=lambda axis: f"group {axis} of {axes}",
     )
     module.weight.placements = placements
     return Sharded(module) if fsdp else nn.Sequential(module)
@@ -63,6 +66,8 @@ def spread(names, placements, *, size=2, fsdp=False):
 def test_split_heads_are_refused(model):
     with pytest.raises(ValueError, match="heads are split over 2 processes"):
         refuse_split(model, model)
+    axes = model[0].weight.device_mesh.ndim
+    assert split_group(model, model) == f"group {axes - 1} of {axes}"
 
 
 @pytest.mark.parametrize(
@@ -79,3 +84,4 @@ def test_split_heads_are_refused(model):
 )
 def test_whole_heads_are_not(model):
     refuse_split(model, model)
+    assert split_group(model, model) is None
