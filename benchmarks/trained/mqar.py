@@ -1,6 +1,6 @@
 """Multi-query associative recall by trained attention: accuracy by length.
 
-    python benchmarks/trained/mqar.py --jobs 5 --budget-seconds 560 --only part="d128, 512 pairs"
+    python benchmarks/trained/mqar.py --jobs 5 --budget-seconds 520 --only part="d128, 512 pairs"
 
 A finished cell is a line of --out at once; the same command goes on where it ended, in the middle
 of a training run, too. Trained models stay in --runs, for mqar_times.py.
