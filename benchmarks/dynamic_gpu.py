@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import product
@@ -228,7 +229,7 @@ def keep_at_random(density: float) -> None:
 
 def whole(
     name: str, lengths: list[int], alone: list[int], settings: Dynamic, rounds: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     heads, dim = OPS[name]
     config = LlamaConfig(
         **SHAPES[name],
@@ -244,7 +245,7 @@ def whole(
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    clock, cells = Clock(torch.device("cuda")), []
+    clock = Clock(torch.device("cuda"))
     for length in lengths + alone:
         ids = torch.randint(0, 128256, (1, length), device="cuda")
         read = partial(read_prompt, model, ids)
@@ -263,19 +264,15 @@ def whole(
                     density = run.stats()["density"]["prefill"]
             gc.collect()
             torch.cuda.empty_cache()
-        cells.append(
-            {
-                "part": "model",
-                "shape": name,
-                "length": length,
-                "density": density,
-                "times": {k: t.to_dict() for k, t in times.items()},
-                "speedup": {k: ratio(times[k], times["dynamic"]) for k in times if k != "dynamic"},
-                "peaks": peaks,
-            }
-        )
-        show(cells[-1])
-    return cells
+        yield {
+            "part": "model",
+            "shape": name,
+            "length": length,
+            "density": density,
+            "times": {k: t.to_dict() for k, t in times.items()},
+            "speedup": {k: ratio(times[k], times["dynamic"]) for k in times if k != "dynamic"},
+            "peaks": peaks,
+        }
 
 
 def read_prompt(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
@@ -322,11 +319,12 @@ def main() -> None:
 
     write()
     if args.models:
-        result["kept"] = args.density
         keep_at_random(args.density)
     for name in args.models:
-        cells += whole(name, args.model_lengths, args.alone, settings, args.rounds)
-        write()
+        for made in whole(name, args.model_lengths, args.alone, settings, args.rounds):
+            show(made)
+            cells.append(made | {"kept": args.density})
+            write()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -79,8 +79,7 @@ def test_costs(case, dtype):
     check(**case, dtype=dtype)
 
 
-def test_costs_in_long_chunks(monkeypatch):
-    monkeypatch.setattr(kernel, "_MANY", 0)
+def test_costs_in_chunks():
     check(40, 400, block=2, marks=2)
 
 

@@ -166,20 +166,74 @@ def test_first_page():
     assert all(f"with {row['density']:.2f} of the pairs" in FIRST for row in asked)
 
 
-@pytest.mark.parametrize("cell", cells("dynamic_gpu"), ids=lambda c: f"{c['part']}-{c['length']}")
-def test_dynamic_masks_on_a_gpu(cell):
-    page = (ROOT / "docs/results/dynamic.md").read_text(encoding="utf-8")
-    times = {name: t["median"] for name, t in cell["times"].items()}
-    low, middle, high = (f"{cell['speedup'][part]:.2f}" for part in ("low", "median", "high"))
-    row = [
-        f"{cell['length']:,}",
+def spread(ratio):
+    between = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if "low" in ratio else ""
+    return f"{ratio['median']:.2f}x{between}"
+
+
+def of_op(cell, times):
+    return [
         f"{cell['density']:.3f}",
         *(f"{times[name] * 1e3:.2f}" for name in ("cudnn", "flash", "dynamic")),
-        f"{middle}x [{low}, {high}]",
+        spread(cell["speedup"]),
         f"{cell['selection']['median'] * 1e3:.2f}",
         f"{cell['peak'] / cell['peak_flash']:.1f}",
     ]
+
+
+def of_model(cell, times):
+    dense, peaks = ("cudnn", "flash"), cell.get("peaks", {})
+    return [
+        f"{100 * cell['kept']:g} %",
+        f"{cell['density']:.3f}",
+        *(f"{times[name]:.3f}" if name in times else "" for name in (*dense, "dynamic")),
+        *(spread(cell["speedup"][name]) if name in times else "" for name in dense),
+        *(f"{peaks[x] / 2**30:.2f}" if x in peaks else "" for x in ("flash", "dynamic")),
+    ]
+
+
+def of_step(cell, times):
+    best = cell["fastest"]
+    return [
+        cell["part"].split()[-1],
+        f"{cell['density']:.3f}",
+        *(f"{times[name] * 1e3:.3f}" for name in ("cudnn", "copied", "dynamic")),
+        ("" if best == "cudnn" else f"{best} ") + spread(cell["speedup"][best]),
+        spread(cell["speedup"]["copied"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    cells("dynamic_gpu"),
+    ids=lambda c: f"{c['part']}-{c['shape']}-{c['length']}-{c.get('kept', '')}",
+)
+def test_dynamic_masks_on_a_gpu(cell):
+    page = (ROOT / "docs/results/dynamic.md").read_text(encoding="utf-8")
+    times = {name: t["median"] for name, t in cell["times"].items()}
+    values = {"op": of_op, "model": of_model}.get(cell["part"], of_step)(cell, times)
+    row = [cell["shape"], f"{cell['length']:,}", *values]
     assert f"| {' | '.join(row)} |" in page
+
+
+def test_dynamic_masks_on_a_gpu_in_short():
+    found = {
+        (c["part"], c["length"]): {n: t["median"] for n, t in c["times"].items()}
+        for c in cells("dynamic_gpu")
+        if c["shape"] == "1B" and c.get("kept") in (None, 0.025)
+    }
+
+    def faster(part, length, name="cudnn"):
+        return found[part, length][name] / found[part, length]["dynamic"]
+
+    at = [f"{faster('op', n):.1f}x at {n >> 10}K" for n in (8192, 32768, 131072)]
+    less = 100 * (1 - 1 / faster("model", 32768, "flash"))
+    whole = [f"{faster('model', n):.1f}x" for n in (32768, 131072)]
+    readme = README.replace("\n", " ")
+    assert f"{at[0]} tokens, {at[1]} and {at[2]}, and the whole" in readme
+    assert f"in {less:.0f} % less time than with flash, 128K {whole[1]} as fast" in readme
+    first = FIRST.replace("\n  ", " ")
+    assert f"{at[1]} tokens and {at[2]}, and the whole model {whole[0]} and {whole[1]}" in first
 
 
 @pytest.mark.parametrize("cell", cells("parallel"), ids=lambda c: c.get("sharing", c["part"]))
@@ -194,7 +248,7 @@ def test_two_gpus(cell):
 def compared():
     """Rows of the README's table of two more models, and the records that they are made of."""
     lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["checkpoint"] != "embedded"]
+    rows = [row for row in map(json.loads, lines) if row["checkpoint"] in ("28M", "mha")]
     return {(r["task"]["name"], r["checkpoint"], r["method"]): r for r in rows if "score" in r}
 
 

@@ -17,10 +17,8 @@ from dynmask.ops.triton.common import LOG2E, dot_precision, padded_dim
 if TYPE_CHECKING:
     from dynmask.dam.dynamic_keys import Keys
 
-# Blocks that one program walks over, and where that would make few programs.
-_CHUNK = 128
-_SHORT_CHUNK = 32
-_MANY = 512
+# Blocks that one program costs at most: with more, short prompts would make few programs.
+_CHUNK = 32
 
 
 def block_costs(
@@ -78,8 +76,6 @@ def block_costs(
     }
     programs = triton.cdiv(tiles, of_tiles)
     strides = rows.stride()[:4]
-    # Few blocks are shared out over more programs than their number would fill.
-    chunk = _CHUNK if programs * batch * groups * count >= _MANY * _CHUNK else _SHORT_CHUNK
     with torch.cuda.device_of(rows):
         _total_kernel[(programs, batch * groups)](
             rows,
@@ -107,7 +103,7 @@ def block_costs(
             NEAR_N=size.near,
             num_stages=min(size.stages, 2),
         )
-        _cost_kernel[(programs, triton.cdiv(count, chunk), batch * groups)](
+        _cost_kernel[(programs, triton.cdiv(count, _CHUNK), batch * groups)](
             rows,
             far,
             keys.k,
@@ -126,8 +122,8 @@ def block_costs(
             **constants,
             MARKS=marks,
             SOME=min(size.marks, marks),
-            BLOCK_N=min(size.blocks, chunk),
-            CHUNK=chunk,
+            BLOCK_N=size.blocks,
+            CHUNK=_CHUNK,
             num_stages=size.stages,
         )
     return cost
@@ -158,8 +154,10 @@ def _sizes(rows: Tensor) -> _Sizes:
     dim = padded_dim(rows.shape[-1])
     if rows.dtype == torch.float32:
         return _Sizes(32, 16, 2, 16, 32, 2) if dim <= 128 else _Sizes(16, 16, 1, 16, 16, 1)
+    if dim <= 64:
+        return _Sizes(64, 32, 1, 32, 64, 3)
     if dim <= 128:
-        return _Sizes(64, 32, 2, 32, 64 if dim <= 64 else 32, 3)
+        return _Sizes(64, 32, 2, 32, 32, 2)
     return _Sizes(64, 16, 2, 16, 16, 2)
 
 

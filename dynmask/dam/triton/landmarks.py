@@ -88,8 +88,8 @@ def _landmark_kernel(
         p_x + ((o_j // inner).to(tl.int64) * s_r + (o_j % inner) * s_j)[:, None] + o_d[None, :],
         mask=(o_j < block)[:, None] & m_d[None, :],
         other=0.0,
-    ).to(tl.float32)
-    b_away = b_x - (tl.sum(b_x, 0) / block)[None, :]
+    )
+    b_away = b_x.to(tl.float32) - (tl.sum(b_x.to(tl.float32), 0) / block)[None, :]
     # Below every distance: vectors that are taken, and places without one.
     b_distance = tl.where(o_j < block, tl.sum(b_away * b_away, 1), -1.0)
     for i in range(count - 1):
@@ -101,8 +101,9 @@ def _landmark_kernel(
         b_taken = tl.load(p_taken + o_d, mask=m_d, other=0.0)
         tl.store(p_marks + o_d, b_taken, mask=m_d)
         p_marks += n.to(tl.int64) * D
-        b_away = b_x - b_taken.to(tl.float32)[None, :]
+        b_away = b_x.to(tl.float32) - b_taken.to(tl.float32)[None, :]
         b_distance = tl.minimum(b_distance, tl.sum(b_away * b_away, 1))
         b_distance = tl.where(o_j == place, -1.0, b_distance)
-    b_rest = tl.sum(tl.where((b_distance >= 0)[:, None], b_x, 0.0), 0) / (block - count + 1)
+    b_rest = tl.where((b_distance >= 0)[:, None], b_x.to(tl.float32), 0.0)
+    b_rest = tl.sum(b_rest, 0) / (block - count + 1)
     tl.store(p_marks + o_d, b_rest.to(p_marks.dtype.element_ty), mask=m_d)
