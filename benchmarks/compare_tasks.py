@@ -33,7 +33,7 @@ class Task:
         run: "recall" (answers inside one forward), "perplexity", or by decoding "longeval",
             "ruler" or "keyvalue".
         length: Tokens of a prompt, at most.
-        n: Questions, or windows.
+        n: Questions, or windows; of these as many as the texts have, if they have fewer.
         kind: Of recall and ruler.
         form: Of key-value pairs.
         questions: That share a prompt.
@@ -235,14 +235,10 @@ class Asker:
 
     def _windows(self) -> list[Any]:
         if "windows" not in self._kept:
+            # All there are, where texts are short of n: a row says how many it has.
             self._kept["windows"] = make_windows(
                 self.tokenizer, self.texts.perplexity, length=self.task.length
             )
-            if len(self._kept["windows"]) < self.task.n:
-                raise ValueError(
-                    f"task {self.task.name}: the texts have {len(self._kept['windows'])} windows "
-                    f"of {self.task.length} tokens, n={self.task.n}"
-                )
         windows: list[Any] = self._kept["windows"]
         return windows
 
