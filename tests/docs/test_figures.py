@@ -246,6 +246,52 @@ def test_two_gpus(cell):
     assert f"| {one} | {two} | {middle} % [{low}, {high}] |" in page
 
 
+def of_method(row):
+    if row is None:
+        return ""
+    score = row["score"]
+    said = f"{score:.2f}" if "perplexity" in row["task"]["name"] else f"{100 * score:.1f} %"
+    return said if row["method"] == "full" else f"{said} at {row['density']['prefill']:.2f}"
+
+
+def test_methods_without_training():
+    lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {
+        (
+            row["checkpoint"].split()[0].strip(","),
+            row["task"]["name"],
+            row["method"],
+            row["target"],
+        ): row
+        for row in map(json.loads, lines)
+        if row["checkpoint"].endswith("H200") and "score" in row
+    }
+    columns = [("embedded", f"{task} 8K") for task in ("lines", "needles", "perplexity")]
+    columns += [("28M", "lines 8K"), ("28M", "lines 16K")]
+    head = "| | embedded: lines 8K |"
+    table = README[README.index(head) :].split("\n\n")[0].splitlines()[2:]
+    for line in table:
+        name, *values = (value.strip() for value in line.strip("|").split("|"))
+        method = "full" if name.startswith("full") else name.split("`")[1]
+        target = {"full": 1.0, "dynamic": 0.9 if "0.9" in name else 0.985}.get(method, 0.1)
+        assert values == [of_method(found.get((*c, method, target))) for c in columns]
+    assert len(table) == 11
+
+
+def test_trained_from_scratch():
+    lines = (ROOT / "benchmarks/results/trained_scaling.jsonl").read_text(encoding="utf-8")
+    found = {}
+    for row in map(json.loads, lines.splitlines()):
+        if (row["part"], row["lr"], row["seed"]) == ("10M", 0.002, 0):
+            found[row["method"]] = f"{float(row['note'].split()[1].strip(',')):.1f}"
+    said = (
+        "perplexity {mha} with full attention, {swa} with a sliding window, {nsa} with NSA, "
+        "{mla} with MLA and {dma} with DMA"
+    )
+    assert said.format(**found) in README.replace("\n", " ")
+    assert "perplexity {dma} against {mha} with full".format(**found) in LIMITS
+
+
 def compared():
     """Rows of the README's table of two more models, and the records that they are made of."""
     lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
