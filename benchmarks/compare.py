@@ -264,11 +264,12 @@ class Comparison:
         ]
 
     def _cache(self, method: Method | None, run: Any, settings: dict[str, Any]) -> Any:
-        if method is None or not method.whole:
-            return None
-        if method.policy == "capped":
+        """What makes the caches of decoded tasks; None for those that questions crop back."""
+        if method is not None and method.policy == "capped":
             return lambda: run.cache(settings["cap"])
-        return transformers.DynamicCache
+        if method is not None and method.policy == "dynamic":
+            return run.cache
+        return transformers.DynamicCache if method is not None and method.whole else None
 
     def _measured(self, cell: Cell, asker: Asker, settings: dict[str, Any]) -> dict[str, Any]:
         on_gpu = torch.cuda.is_available()
@@ -280,7 +281,8 @@ class Comparison:
         else:
             with attached(cell.method, self.model, settings, self.context) as run:
                 cache = self._cache(cell.method, run, settings)
-                outcome = asker.ask(self.check, n=cell.method.n, cache=cache)
+                given = {"n": cell.method.n, "cache": cache, "whole": cell.method.whole}
+                outcome = asker.ask(self.check, **given)
             stats = run.stats()
         density = stats.get("density", {cell.task.path: 1.0})
         if cell.method is not None and cell.method.policy == "capped":

@@ -27,7 +27,8 @@ prompts; only which keys a row sees differs.
 - **Decoded**: the answer is decoded greedily after the prompt, under the method as well. SnapKV
   and the capped cache read prompt and question in one call, since the question has to choose what
   stays; all others read the prompt once for several questions. The first token of an answer comes
-  from the prompt's own pass, which SnapKV and Quest run dense.
+  from the prompt's own pass, which SnapKV and Quest run dense. `dynamic` decodes over
+  `run.cache()`.
 - **Density** is measured: pairs of a row and a key that the masks show, over all causal pairs, mean
   of all layers and heads; in the prefill for recall and perplexity, in the decoded rows for decoded
   tasks, where that of the prompt's own pass stands beside it. Of a capped cache it is its slots

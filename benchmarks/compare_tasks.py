@@ -115,13 +115,16 @@ class Asker:
     seed: int
     _kept: dict[str, Any] = field(default_factory=dict)
 
-    def ask(self, check: Check, *, n: int | None = None, cache: Any = None) -> Outcome:
+    def ask(
+        self, check: Check, *, n: int | None = None, cache: Any = None, whole: bool = False
+    ) -> Outcome:
         """Ask the first ``n`` questions (all by default), so that methods can be paired.
 
         Args:
             check: See `Check`.
             n: Questions; a multiple of those that share a prompt, or all.
-            cache: Makes a cache for each question, for methods that have to see it (decoding).
+            cache: Makes the caches of decoding; transformers' by default.
+            whole: Read each question with its prompt, for methods that have to see it (decoding).
         """
         n = self.task.n if n is None else min(n, self.task.n)
         with evaluating(self.model):
@@ -129,7 +132,7 @@ class Asker:
                 return self._recall(check, n)
             if self.task.run == "perplexity":
                 return self._perplexity(check, n)
-            return self._decoded(check, n, cache)
+            return self._decoded(check, n, cache, whole)
 
     def probe(self, check: Check, prompts: int, cache: Any = None) -> None:
         """Run the calls of a few prompts, for the density that a setting gives."""
@@ -177,14 +180,14 @@ class Asker:
             marks.append(float(token_nll(self.model, window.ids).double().mean()))
         return Outcome(marks, 0, [], self.task.length, len(marks), self._now() - start)
 
-    def _decoded(self, check: Check, n: int, cache: Any) -> Outcome:
+    def _decoded(self, check: Check, n: int, cache: Any, whole: bool) -> Outcome:
         task = self.task
         given: dict[str, Any] = {
             "n": n,
             "questions": task.questions,
             "seed": self.seed,
             "cache": cache,
-            "whole": cache is not None,
+            "whole": whole,
             "progress": lambda done, total, text: check(),
         }
         if task.run == "longeval":
@@ -200,7 +203,7 @@ class Asker:
         rows = result.rows
         found = [row.get("found", [row["correct"]]) for row in rows]
         depths = [statistics.fmean(row.get("depths") or [row.get("depth", 0.0)]) for row in rows]
-        prompts = len(rows) if cache is not None else -(-n // task.questions)
+        prompts = len(rows) if whole else -(-n // task.questions)
         marks = [float(sum(strings)) for strings in found]
         return Outcome(marks, len(found[0]), depths, result.prompt_tokens, prompts, result.seconds)
 
