@@ -60,6 +60,7 @@ class LifetimeCache(Cache):
         *,
         keep: int | None,
         threshold: float | None = None,
+        window: int = 0,
         present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Lifetimes]:
         """Take in a layer's new tokens, and return what their rows attend to.
@@ -73,6 +74,8 @@ class LifetimeCache(Cache):
                 of a layer fixes it.
             threshold: Keys whose score is lower, or NaN, are never admitted. None admits all. Fixed
                 by the first call too.
+            window: Nearest real tokens that a row sees whatever their scores, its own included; the
+                older ones compete for the other places of ``keep``. Fixed by the first call too.
             present: ``[B, Q]`` bool, False where a token is padding; None for all True.
 
         Returns:
@@ -81,10 +84,11 @@ class LifetimeCache(Cache):
 
         Raises:
             ValueError: If the tokens do not fit what the cache holds: another model, batch size,
-                ``keep`` or ``threshold``. Nothing is changed then.
+                ``keep``, ``threshold`` or ``window``; or ``window`` is not from 0 to ``keep``.
+                Nothing is changed then.
         """
         self._check_layer(layer_idx, k.shape[2])
-        step = {"keep": keep, "threshold": threshold, "present": present}
+        step = {"keep": keep, "threshold": threshold, "window": window, "present": present}
         attended: Any = super().update(k, v, layer_idx, score, **step)
         (k, v), (bias, mask) = attended
         return k, v, bias, mask

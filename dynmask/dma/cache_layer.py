@@ -2,78 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from dynmask.dma.nearest import select_tokens
+from dynmask.dma.tokens import Tokens
+from dynmask.dma.windowed import WindowedKeys, kept_keys
 from dynmask.masks import Lifetimes
 from dynmask.ops.bounded import BoundedKeys
-from dynmask.ops.bounded_rules import admitted, check_present, ending_with, select
+from dynmask.ops.bounded_rules import check_present
 
 Attended = tuple[tuple[Tensor, Tensor], tuple[Tensor, Lifetimes]]
 """``(k, v), (score, mask)``: what the new rows attend to. A pair, as transformers' caches give."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """Tokens of which none was evicted, padding included.
-
-    Attributes:
-        k: ``[B, G, N, D]``.
-        v: ``[B, G, N, D]``.
-        score: ``[B, G, N]`` float32.
-        present: ``[B, N]`` bool, False for padding, or None for all True.
-    """
-
-    k: Tensor
-    v: Tensor
-    score: Tensor
-    present: Tensor | None
-
-    def __len__(self) -> int:
-        return self.k.shape[2]
-
-    def __add__(self, new: _Tokens) -> _Tokens:
-        k, v, score = (
-            torch.cat(pair, 2)
-            for pair in ((self.k, new.k), (self.v, new.v), (self.score, new.score))
-        )
-        present = None
-        if self.present is not None or new.present is not None:
-            present = torch.cat([self._real(), new._real()], 1)
-        return _Tokens(k, v, score, present)
-
-    def _real(self) -> Tensor:
-        if self.present is not None:
-            return self.present
-        return torch.ones(len(self.k), len(self), dtype=torch.bool, device=self.k.device)
-
-    def first(self, count: int) -> _Tokens:
-        present = None if self.present is None else self.present[:, :count]
-        at = slice(count)
-        return _Tokens(self.k[:, :, at], self.v[:, :, at], self.score[:, :, at], present)
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> _Tokens:
-        present = None if self.present is None else function(self.present)
-        return _Tokens(function(self.k), function(self.v), function(self.score), present)
-
-    def memory(self) -> int:
-        return sum(t.nbytes for t in vars(self).values() if t is not None)
 
 
 class LifetimeLayer(CacheLayerMixin):
     """One decoder layer's part of a `LifetimeCache`.
 
     As long as all tokens fit ``keep``, they are all held and can be cropped. The first call that
-    exceeds it moves them into `BoundedKeys`, where memory no longer grows. While past recording is
-    on (``activate_past_recording``), new tokens are held beside the bounded keys until `crop`.
+    exceeds it moves them into `BoundedKeys` (with a window: `WindowedKeys`), where memory no longer
+    grows. While past recording is on (``activate_past_recording``), new tokens are held beside the
+    bounded keys until `crop`.
 
     Attributes:
         keep: Keys that a row sees, as the first call gave it; None for all.
         threshold: Lowest score that is admitted, as the first call gave it; None for any.
+        window: Nearest keys that a row sees whatever their scores, as the first call gave it.
         record_past: Whether `crop` can remove the tokens since the last `crop`, evicted or not.
         keys: None; they are not in transformers' form.
         values: None.
@@ -91,9 +46,10 @@ class LifetimeLayer(CacheLayerMixin):
     def _forget(self) -> None:
         self.keep: int | None = None
         self.threshold: float | None = None
+        self.window = 0
         self.is_initialized = False
-        self._kept: BoundedKeys | None = None
-        self._recent: _Tokens | None = None
+        self._kept: BoundedKeys | WindowedKeys | None = None
+        self._recent: Tokens | None = None
         self._seen = 0
         self._used = False
 
@@ -111,6 +67,7 @@ class LifetimeLayer(CacheLayerMixin):
         *,
         keep: int | None = None,
         threshold: float | None = None,
+        window: int = 0,
         present: Tensor | None = None,
     ) -> Attended:
         """Take in new tokens; see `LifetimeCache.extend`.
@@ -123,12 +80,13 @@ class LifetimeLayer(CacheLayerMixin):
         """
         if score is None:
             raise without_score()
-        self._check(key_states, value_states, score, keep, threshold, present)
+        self._check(key_states, value_states, score, present)
+        self._check_rule(keep, threshold, window)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not self._used:
-            self.keep, self.threshold, self._used = keep, threshold, True
-        new = _Tokens(key_states, value_states, score.float(), present)
+            self.keep, self.threshold, self.window, self._used = keep, threshold, window, True
+        new = Tokens(key_states, value_states, score.float(), present)
         self._seen += len(new)
         if self._kept is not None and not self.record_past:
             if self._recent is not None:
@@ -144,7 +102,7 @@ class LifetimeLayer(CacheLayerMixin):
         self._recent = tokens
         return self._whole(tokens, len(new))
 
-    def _bounded(self, kept: BoundedKeys, new: _Tokens) -> Attended:
+    def _bounded(self, kept: BoundedKeys | WindowedKeys, new: Tokens) -> Attended:
         if len(new) > 1:
             return _attended(*_extend(kept, new))
         present = None if new.present is None else new.present[:, 0]
@@ -153,19 +111,24 @@ class LifetimeLayer(CacheLayerMixin):
         # GPU that would cost what the kernel saves.
         return _attended(*kept.view(by_arrival=not new.k.is_cuda))
 
-    def _whole(self, tokens: _Tokens, rows: int) -> Attended:
+    def _whole(self, tokens: Tokens, rows: int) -> Attended:
         count = len(tokens)
-        shown = admitted(tokens.score, tokens.present, self.threshold)
-        keep = count if self.keep is None else self.keep
-        mask = select(tokens.score, keep, shown, offset=count - rows)
-        mask = ending_with(tokens.present, mask, 0)
+        mask = select_tokens(
+            tokens.score,
+            count if self.keep is None else self.keep,
+            self.window,
+            threshold=self.threshold,
+            real=tokens.present,
+            offset=count - rows,
+        )
         return _attended(tokens.k, tokens.v, tokens.score, mask)
 
-    def _make_bounded(self, tokens: _Tokens) -> BoundedKeys:
+    def _make_bounded(self, tokens: Tokens) -> BoundedKeys | WindowedKeys:
         assert self.keep is not None
         batch, groups, _, dim = tokens.k.shape
-        return BoundedKeys(
+        return kept_keys(
             self.keep,
+            self.window,
             batch=batch,
             groups=groups,
             dim=dim,
@@ -190,8 +153,6 @@ class LifetimeLayer(CacheLayerMixin):
         k: Tensor,
         v: Tensor,
         score: Tensor,
-        keep: int | None,
-        threshold: float | None,
         present: Tensor | None,
     ) -> None:
         if k.dim() != 4 or v.shape != k.shape or score.shape != k.shape[:3] or k.shape[2] < 1:
@@ -207,14 +168,23 @@ class LifetimeLayer(CacheLayerMixin):
                 f"{_shape_of(k)} on {k.device}: make a new LifetimeCache for another model or "
                 "batch size, or empty this one with reset()"
             )
-        if self._used and (keep != self.keep or threshold != self.threshold):
+
+    def _check_rule(self, keep: int | None, threshold: float | None, window: int) -> None:
+        given = {"keep": keep, "threshold": threshold, "window": window}
+        begun = {name: getattr(self, name) for name in given}
+        if self._used and given != begun:
+            now, then = (
+                ", ".join(f"{name}={value}" for name, value in rule.items())
+                for rule in (given, begun)
+            )
             raise ValueError(
-                f"keep={keep}, threshold={threshold} differ from keep={self.keep}, threshold="
-                f"{self.threshold}, with which this cache was filled: give the same in every "
-                "call, or empty it with reset()"
+                f"{now} differ from {then}, with which this cache was filled: give the same in "
+                "every call, or empty it with reset()"
             )
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep} must be at least 1, or None for all keys")
+        if window < 0 or (keep is not None and window > keep):
+            raise ValueError(f"window={window} must be from 0 to keep={keep}")
 
     def get_seq_length(self) -> int:
         """Return the tokens seen, padding and evicted ones included."""
@@ -339,7 +309,7 @@ def _attended(k: Tensor, v: Tensor, score: Tensor, mask: Lifetimes) -> Attended:
 
 
 def _extend(
-    kept: BoundedKeys, tokens: _Tokens, *, commit: bool = True
+    kept: BoundedKeys | WindowedKeys, tokens: Tokens, *, commit: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Lifetimes]:
     return kept.extend(tokens.k, tokens.v, tokens.score, present=tokens.present, commit=commit)
 

@@ -33,9 +33,13 @@ class DmaConfig(PreTrainedConfig):
             a row's keys then depend on how much text follows, and with a cache the first call's
             length counts); None for all keys. Inputs of at most ``w`` tokens drop no key: train
             with ``w`` well under the length, or the selection never takes part.
+        window: Of the ``keep`` keys so many are the row's nearest, its own included, whatever their
+            scores; the others are the best of the older ones. 0, as in the paper, chooses all by
+            score. As many as ``keep`` make a sliding window; of a share of the length more do not
+            count.
         threshold: Keys with a lower score are never kept, besides the limit of ``keep`` (with
-            ``keep=None`` it is the only rule, and the number of keys follows the content). A row
-            without any key gives 0. None for no threshold.
+            ``keep=None`` it is the only rule, and the number of keys follows the content); the
+            nearest ones of a ``window`` are. A row without any key gives 0. None for no threshold.
         score: ``"exp"``: ``exp(A softplus(Wdt v))``, the paper's, or ``"linear"``:
             ``A softplus(Wdt v)``, that of its authors' later kernels.
         a_std: Standard deviation of the score's initial ``A``; None for ``initializer_range``. With
@@ -87,6 +91,7 @@ class DmaConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     keep: int | float | list[int | None] | None = 1024
+    window: int = 0
     threshold: float | None = None
     score: str = "exp"
     a_std: float | None = None
@@ -147,7 +152,7 @@ class DmaConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim={self.head_dim} must be even and positive: RoPE turns pairs"
             )
-        check_keep(self.keep, self.num_hidden_layers)
+        check_keep(self.keep, self.num_hidden_layers, self.window)
         threshold = self.threshold
         if threshold is not None and (
             isinstance(threshold, bool)

@@ -29,15 +29,17 @@ class DynamicMaskAttention(nn.Module):
         q, k, v = Wq x, Wk x, Wv x       RMSNorm of q and k by head, then RoPE on both
         delta   = exp(A softplus(Wdt v))                      [B, G, N], in float32
         S_i     = the w keys j <= i of largest delta_j        (the earlier one of equals)
+                  of them first those of i - n < j <= i, and the best w - n of the older
         o_i     = softmax over S_i of (q_i k_j / sqrt(d) + delta_j), times v_j
         y       = Wo concat(o)
 
-    The choice of ``S_i`` has no gradient; ``delta`` learns through its place in the logits, from
-    the rows that kept the key. The score of a token does not depend on any other, so later tokens
-    never change what a row sees, unless ``keep`` is a share of the length.
+    with ``w = keep`` and ``n = window``, 0 in the paper. The choice of ``S_i`` has no gradient;
+    ``delta`` learns through its place in the logits, from the rows that saw the key. The score of a
+    token does not depend on any other, so later tokens never change what a row sees, unless
+    ``keep`` is a share of the length.
 
     Args:
-        config: Shape and options; `hidden_size`, the heads, `keep`, `threshold`, `score`,
+        config: Shape and options; `hidden_size`, the heads, `keep`, `window`, `threshold`, `score`,
             `a_std`, `qk_norm`, `attention_bias`, `rope_parameters` and `impl` count here.
         layer_idx: Number of the layer: its place in a cache and in a list given as ``keep``.
 
@@ -110,7 +112,7 @@ class DynamicMaskAttention(nn.Module):
         cache = lifetime_cache(past_key_values)
         if slots is None:
             # Assigned since the configuration was made? A model around has asked for all layers.
-            check_keep(self.config.keep, self.config.num_hidden_layers)
+            check_keep(self.config.keep, self.config.num_hidden_layers, self.config.window)
             slots = read_slots(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -138,7 +140,9 @@ class DynamicMaskAttention(nn.Module):
         config = self.config
         keep = keep_of(config.keep, self.layer_idx, k.shape[2])
         if cache is None:
-            mask = select(score, keep=keep, threshold=config.threshold, slots=slots)
+            mask = select(
+                score, keep=keep, window=config.window, threshold=config.threshold, slots=slots
+            )
             return k, v, score, mask
         if isinstance(config.keep, float) and cache.get_seq_length(self.layer_idx) > 0:
             held: Any = cache.layers[self.layer_idx]
@@ -150,6 +154,7 @@ class DynamicMaskAttention(nn.Module):
             self.layer_idx,
             keep=keep,
             threshold=config.threshold,
+            window=config.window if keep is None else min(config.window, keep),
             present=slots.real,
         )
 

@@ -170,7 +170,7 @@ class DmaModel(DmaPreTrainedModel):
                 come with a cache, an argument is not known, or the configuration's ``keep`` was
                 set to what is no rule.
         """
-        check_keep(self.config.keep, self.config.num_hidden_layers)
+        check_keep(self.config.keep, self.config.num_hidden_layers, self.config.window)
         _check_kwargs(kwargs, tells_documents=documents is not None or position_ids is not None)
         inputs_embeds = embedded(self.embed_tokens, input_ids, inputs_embeds)
         cache = lifetime_cache(past_key_values)

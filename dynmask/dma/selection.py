@@ -1,4 +1,4 @@
-"""Which keys a DMA layer keeps: a number of them, a share of the length, or those above a bound."""
+"""Which keys a DMA layer keeps: the best of them, those above a bound, and the nearest ones."""
 
 from __future__ import annotations
 
@@ -8,32 +8,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynmask.dma.nearest import delayed, select_tokens
 from dynmask.dma.slots import Slots
 from dynmask.masks import Lifetimes
-from dynmask.ops.bounded_rules import admitted, ending_with
-from dynmask.ops.bounded_rules import select as top_of_shown
 
 Keep = int | float | Sequence[int | None] | None
 """How many keys a row keeps: see `keep_of`."""
 
 
-def check_keep(keep: Keep, layers: int) -> None:
-    """Refuse a keep rule that means nothing.
+def check_keep(keep: Keep, layers: int, window: int = 0) -> None:
+    """Refuse a keep rule that means nothing, or has no place for the window.
 
     Args:
         keep: As in `keep_of`.
         layers: Decoder layers of the model.
+        window: As in `select`.
 
     Raises:
         ValueError: Naming what is wrong with it.
     """
+    _check_rule(keep, layers)
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise ValueError(f"window={window!r} must be an integer of at least 0")
+    for entry in keep if isinstance(keep, Sequence) else (keep,):
+        if isinstance(entry, int) and entry < window:
+            raise ValueError(
+                f"window={window} is more than keep={entry}, the keys that a row sees, nearest "
+                "ones included: lower window or raise keep"
+            )
+
+
+def _check_rule(keep: Keep, layers: int) -> None:
     if isinstance(keep, Sequence) and not isinstance(keep, str):
         if len(keep) != layers:
             raise ValueError(f"keep has {len(keep)} entries for {layers} layers: give one a layer")
         for entry in keep:
             if isinstance(entry, (float, Sequence)):
                 raise ValueError(f"keep by layer must hold integers or None, got {entry!r}")
-            check_keep(entry, layers)
+            _check_rule(entry, layers)
         return
     if keep is None:
         return
@@ -84,19 +96,23 @@ def select(
     score: Tensor,
     *,
     keep: int | None,
+    window: int = 0,
     threshold: float | None = None,
     slots: Slots | None = None,
 ) -> Lifetimes:
-    """Return the keys that every row keeps: the ``keep`` best it may see, of those not too low.
+    """Return the keys that every row sees: the nearest, and the best of the older ones.
 
-    Ties go to the earlier key. Nothing forces a row's own token, a local window or the first
-    tokens into the set. A ``keep`` of at least ``K`` drops nothing; the score still acts as a bias.
+    Ties go to the earlier key. Without a window nothing forces a row's own token, its neighbours or
+    the first tokens into the set. A ``keep`` of at least ``K`` drops nothing; the score still acts
+    as a bias.
 
     Args:
         score: ``[B, G, K]`` float, compared in float32. No gradient flows through the selection.
         keep: ``w``, at least 1; None keeps all.
-        threshold: Keys with a lower score (or NaN) are never admitted, so a row may see fewer than
-            ``keep`` keys, or none: its output is then 0. None admits all.
+        window: Nearest real tokens that a row sees whatever their scores, its own included; they
+            are some of the ``keep``, of which more do not count. 0 chooses all by score.
+        threshold: Keys with a lower score (or NaN) are never admitted, but for the nearest. So a
+            row may see fewer than ``keep`` keys, or none: its output is then 0. None admits all.
         slots: Which of the ``K`` slots hold real tokens, and their documents: a row selects within
             its own. None for real tokens of one document.
 
@@ -112,12 +128,19 @@ def select(
     keep = max(count, 1) if keep is None else keep
     real = None if slots is None else slots.real
     if slots is None or slots.documents is None:
-        mask = top_of_shown(score, keep, admitted(score, real, threshold))
-        return ending_with(real, mask, 0)
+        return select_tokens(score, keep, window, threshold=threshold, real=real)
+    window = min(window, keep)
     padding = None if real is None else slots.padding
-    mask = Lifetimes.top(score, keep=keep, padding=padding, documents=slots.documents)
-    if threshold is None:
-        return mask
-    # A key below the threshold evicts none above it, so hiding it afterwards is the same.
     slot = torch.arange(count, dtype=torch.int32, device=score.device)
-    return Lifetimes._trusted(torch.where(score >= threshold, mask.expiry, slot), keep)
+    if window < keep:
+        mask = Lifetimes.top(score, keep=keep - window, padding=padding, documents=slots.documents)
+    else:
+        mask = Lifetimes._trusted(slot.expand(score.shape), 0)
+    if threshold is not None:
+        # A key below the threshold evicts none above it, so hiding it afterwards is the same.
+        mask = Lifetimes._trusted(torch.where(score >= threshold, mask.expiry, slot), mask.most)
+    if not window:
+        return mask
+    # Within a document, and its run of real tokens, slots count as tokens do.
+    mask = delayed(mask, window) & slots.documents
+    return mask if padding is None else mask & padding

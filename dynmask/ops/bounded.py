@@ -294,12 +294,15 @@ class BoundedKeys:
 
     def _uncut(self, *kept: Tensor) -> tuple[Tensor, ...]:
         """Return kept tensors such that a backward pass that reaches them raises."""
-        if not (self._cut and torch.is_grad_enabled()):
-            return kept
-        with torch.inference_mode(False):
-            anchor = torch.empty(0, requires_grad=True)
-        out: tuple[Tensor, ...] = _NoGradient.apply(anchor, *kept)
-        return out
+        return without_gradient(*kept) if self._cut and torch.is_grad_enabled() else kept
+
+
+def without_gradient(*kept: Tensor) -> tuple[Tensor, ...]:
+    """Return the same tensors such that a backward pass that reaches them raises."""
+    with torch.inference_mode(False):
+        anchor = torch.empty(0, requires_grad=True)
+    out: tuple[Tensor, ...] = _NoGradient.apply(anchor, *kept)
+    return out
 
 
 class _NoGradient(torch.autograd.Function):
