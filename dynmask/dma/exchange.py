@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dynmask.ops.bounded import BoundedKeys
+from dynmask.dma.windowed import kept_keys
 
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -29,23 +29,26 @@ class Keys(NamedTuple):
     present: Tensor | None
 
 
-def best(own: Keys, width: int, threshold: float | None) -> Keys:
-    """Return the ``width`` best of some tokens' keys, for each kv head; all if they are no more.
+def best(own: Keys, width: int, threshold: float | None, window: int = 0) -> Keys:
+    """Return the keys of some tokens that a row behind them sees, for each kv head.
 
     Args:
         own: The tokens.
-        width: Keys to return at most.
+        width: Keys to return at most; fewer tokens are all returned.
         threshold: Keys of a lower score are never kept.
+        window: Nearest tokens whose keys are, whatever their scores; from 0 to ``width``.
 
     Returns:
         In order of position. Where fewer than ``width`` are admitted the rest is 0, and either not
-        present or of a score that no threshold admits.
+        present or of a score that no threshold admits; none of those is among the nearest
+        ``window`` that are present.
     """
     batch, groups, count, dim = own.k.shape
     if count <= width:
         return own
-    kept = BoundedKeys(
+    kept = kept_keys(
         width,
+        window,
         batch=batch,
         groups=groups,
         dim=dim,
@@ -54,9 +57,10 @@ def best(own: Keys, width: int, threshold: float | None) -> Keys:
         device=own.k.device,
     )
     kept.extend(own.k, own.v, own.score, present=own.present)
-    taken = kept.order >= 0
+    k, v, score, mask = kept.view()  # Taken in at once, they are in order.
+    taken = mask.expiry > 0
     present = None if own.present is None else taken.any(1)
-    return Keys(kept.k, kept.v, kept.score.masked_fill(~taken, _LOWEST), present)
+    return Keys(k, v, score.masked_fill(~taken, _LOWEST), present)
 
 
 def gathered(own: Keys, counts: list[int], width: int, group: Any) -> list[Keys]:

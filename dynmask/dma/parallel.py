@@ -57,7 +57,8 @@ def context_prefill(
     behind it. A prompt too long for the activations of one call is read in several, one after the
     other, each with the cache of the one before. For inference: nothing has a gradient.
 
-    Without a bound (``keep=None``, or a ``keep`` above the share) whole shares are exchanged.
+    With a ``window`` the last tokens of a share are among what is exchanged, and of its older ones
+    the best. Without a bound (``keep=None``, or a ``keep`` above the share) whole shares are exchanged.
 
     Args:
         model: The same in all processes of the group, or split by tensor parallelism over others.
@@ -148,6 +149,7 @@ class _Share(LifetimeCache):
         *,
         keep: int | None,
         threshold: float | None = None,
+        window: int = 0,
         present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Lifetimes]:
         """Exchange keys with the other processes; see `LifetimeCache.extend`."""
@@ -157,10 +159,14 @@ class _Share(LifetimeCache):
         begun = held.get_seq_length() > 0
         share = isinstance(self._config.keep, float)
         keep = held.keep if begun and share else keep_of(self._config.keep, layer_idx, total)
-        rule: dict[str, Any] = {"keep": keep, "threshold": threshold}
+        if keep is not None:
+            window = min(self._config.window, keep)
+        rule: dict[str, Any] = {"keep": keep, "threshold": threshold, "window": window}
         own = Keys(k, v, score.float(), _flags(k, present) if self._padded else None)
         width = min(total if keep is None else keep, max(self._counts))
-        parts = gathered(best(own, width, threshold), self._counts, width, self._group)
+        parts = gathered(
+            best(own, width, threshold, min(window, width)), self._counts, width, self._group
+        )
         # The last process attends to all that will be held.
         here = held if rank == len(parts) - 1 else copy.deepcopy(held)
         if rank:

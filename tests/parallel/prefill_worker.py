@@ -22,6 +22,11 @@ KEEPS = {
     "threshold below 0": {"keep": 20, "threshold": -0.3, "score": "linear"},
     "threshold alone": {"keep": None, "threshold": 1.0},
     "keep all": {"keep": 300},
+    "window": {"keep": 9, "window": 4},
+    "window alone": {"keep": 6, "window": 6},
+    "window of a share": {"keep": 0.3, "window": 5},
+    "window, by layer": {"keep": [7, None, 30], "window": 7, "threshold": 1.0},
+    "window and threshold": {"keep": 20, "window": 8, "threshold": -0.3, "score": "linear"},
 }
 PADDED = {"": (0, 0), ", left": (1, 0), ", right": (0, 1), ", both": (1, 1)}
 NEW = {"min_new_tokens": 9, "max_new_tokens": 9, "do_sample": False}
