@@ -84,7 +84,7 @@ def select_with_nearest(
         room = keep if count <= keep else keep - window
         chosen = top_of_shown(score, room, shown, offset=first).expiry
     # What no row from ``first`` on sees may have any expiry before.
-    chosen = torch.maximum(chosen, slot.clamp_min(kept)).expand(score.shape)
+    chosen = torch.maximum(chosen, slot).expand(score.shape)
     later = _later(chosen, min(window, count), there, kept)
     if there is not None:
         later = torch.where(there, later, slot)
@@ -98,8 +98,9 @@ def delayed(mask: Lifetimes, window: int) -> Lifetimes:
         mask: A choice of keys, over slots that all count.
         window: Rows that see a key before it enters the choice.
     """
-    slot = torch.arange(mask.expiry.shape[-1], dtype=torch.int32, device=mask.device)
-    later = _later(torch.maximum(mask.expiry, slot), window, None, 0)
+    count = mask.expiry.shape[-1]
+    slot = torch.arange(count, dtype=torch.int32, device=mask.device)
+    later = _later(torch.maximum(mask.expiry, slot), min(window, count), None, 0)
     return Lifetimes._trusted(later, None if mask.most is None else mask.most + window)
 
 

@@ -74,9 +74,17 @@ def paper_score(layer: DynamicMaskAttention, v: Tensor) -> Tensor:
 
 
 def paper_layer(
-    layer: DynamicMaskAttention, x: Tensor, *, keep: int, threshold: float | None = None
+    layer: DynamicMaskAttention,
+    x: Tensor,
+    *,
+    keep: int,
+    threshold: float | None = None,
+    window: int = 0,
 ) -> Tensor:
-    """Equations of the paper for one text ``[N, width]``, each row's keys chosen by sorting."""
+    """Equations of the paper for one text ``[N, width]``, each row's keys chosen by sorting.
+
+    The paper has no window: there the nearest keys are seen first, and then the best of the older.
+    """
     shape = layer.config
     heads, groups, d = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     length = x.shape[0]
@@ -91,8 +99,10 @@ def paper_layer(
     for h in range(heads):
         g = h // (heads // groups)
         for i in range(length):
-            order = sorted(range(i + 1), key=lambda j: (-score[g, j].item(), j))
-            kept = [j for j in order if threshold is None or score[g, j] >= threshold][:keep]
+            older = range(max(0, i + 1 - window))
+            order = sorted(older, key=lambda j: (-score[g, j].item(), j))
+            best = [j for j in order if threshold is None or score[g, j] >= threshold]
+            kept = [*range(len(older), i + 1), *best[: keep - window]]
             if kept:
                 logits = k[g, kept] @ q[h, i] / d**0.5 + score[g, kept]
                 out[i, h] = logits.softmax(0) @ v[g, kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -32,6 +33,12 @@ from dynmask.masks import Lifetimes
         ({"keep": [4, 4, 0.5]}, "integers or None, got 0.5"),
         ({"threshold": float("nan")}, "threshold=nan must be a finite number"),
         ({"threshold": "high"}, "threshold='high' must be a finite number"),
+        ({"window": -1}, "window=-1 must be an integer of at least 0"),
+        ({"window": 2.0}, "window=2.0 must be an integer"),
+        ({"window": True}, "window=True must be an integer"),
+        ({"window": None}, "window=None must be an integer"),
+        ({"window": 8}, "window=8 is more than keep=7"),
+        ({"window": 4, "keep": [9, None, 3]}, "window=4 is more than keep=3"),
         ({"score": "softmax"}, "score='softmax' is not known: use one of"),
         ({"a_std": -1.0}, "a_std=-1.0 must be a finite number of at least 0"),
         ({"a_std": float("nan")}, "a_std=nan must be"),
@@ -47,6 +54,7 @@ def test_refuses(bad, message):
     "changes",
     [
         {"keep": None, "threshold": 0.5},
+        {"keep": [9, None, 4], "window": 4},
         {"keep": [3, None, 5], "score": "linear", "a_std": 0.5, "tie_word_embeddings": False},
         {"keep": 0.25, "residual_weights": True, "qk_norm": False},
         {"num_key_value_heads": None, "head_dim": 10, "impl": "reference"},
@@ -121,6 +129,24 @@ def test_what_is_assigned_later_is_checked_at_the_next_call(keep, message):
         layer(hidden(1, 9))
     model.config.keep = 7
     model(random_ids(1, 9), past_key_values=cache)  # Refused before any layer took tokens in.
+
+
+@torch.no_grad()
+def test_a_window_that_keep_has_no_room_for_is_refused_at_the_next_call():
+    model, layer = make_model(window=5), make_layer(window=5)
+    model.config.keep = layer.config.keep = 4
+    for call in (lambda: model(random_ids(1, 9)), lambda: layer(hidden(1, 9))):
+        with pytest.raises(ValueError, match="window=5 is more than keep=4"):
+            call()
+
+
+def test_configurations_of_before_have_no_window(tmp_path):
+    config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["window"]
+    file.write_text(json.dumps(saved))
+    assert AutoConfig.from_pretrained(tmp_path).window == 0
 
 
 def test_a_layer_beyond_the_list_is_named():

@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 from attention_cases import naive_attention
-from dma_models import config, hidden, make_layer, make_model, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmask.dma import DmaForCausalLM, LifetimeCache
+from dynmask.dma import LifetimeCache, nearest
 from dynmask.dma.selection import select
 from dynmask.dma.slots import Slots
 from dynmask.masks import Documents, Lifetimes
@@ -179,16 +178,14 @@ def test_bits_are_those_of_the_whole_cache(window):
 def test_memory_stops_growing(window):
     parts, sizes = tokens(64), set()
     cache = LifetimeCache()
-    for start in range(0, 48, 8):
-        through(cache, parts, start, start + 8, keep=6, window=window)
+    for start, stop in [(n, n + 8) for n in range(0, 48, 8)] + [(n, n + 1) for n in range(48, 64)]:
+        through(cache, parts, start, stop, keep=6, window=window)
         sizes.add(cache.memory())
-    for start in range(48, 64):
-        through(cache, parts, start, start + 1, keep=6, window=window)
-        sizes.add(cache.memory())
+        # No view of a chunk or of all that came before.
+        held = cache.layers[0]._kept.near.k.untyped_storage().nbytes()
+        assert held <= 2 * G * (window + 1) * 4 * D
     assert len(sizes) == 1
     assert sizes.pop() <= 2 * G * 6 * (2 * 4 * D + 12)
-    near = cache.layers[0]._kept.near
-    assert near.k.untyped_storage().nbytes() <= 2 * G * (window + 1) * 4 * D
 
 
 @pytest.mark.parametrize("filled", [4, 15])
@@ -309,3 +306,37 @@ def test_another_window_is_refused_and_nothing_lost(filled):
     for window in (-1, 7):
         with pytest.raises(ValueError, match=f"window={window} must be from 0 to keep=6"):
             through(LifetimeCache(), parts, 0, 5, keep=6, window=window)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_what_the_choice_leaves_open_does_not_matter(monkeypatch, padded, threshold):
+    """On a GPU a key that no row from an offset on sees may have any expiry before."""
+    draw = torch.Generator().manual_seed(4)
+    plain = nearest.top_of_shown
+
+    def loose(score, keep, shown, *, offset=0):
+        mask = plain(score, keep, shown, offset=offset)
+        last = torch.arange(score.shape[-1]).clamp_min(offset)
+        anything = (torch.rand(mask.expiry.shape, generator=draw) * (last + 1)).int()
+        expiry = torch.where(mask.expiry <= last, anything, mask.expiry)
+        return Lifetimes(expiry, mask.most, mask.is_causal)
+
+    monkeypatch.setattr(nearest, "top_of_shown", loose)
+    parts = tokens(40)
+    real = torch.rand(2, 40, generator=draw) > 0.3 * padded
+    rule = {"keep": 6, "window": 2, "threshold": threshold}
+    seen = defined(parts[2], **rule, real=real)
+    truth = naive_attention(parts[3], parts[0], parts[1], seen, parts[2])
+    for recording in (False, True):
+        cache, start = LifetimeCache(), 0
+        if recording:
+            cache.activate_past_recording()
+        for stop in (4, 5, 9, 15, 16, 30, 40):
+            now = {"present": real[:, start:stop]} if padded else {}
+            got, _ = through(cache, parts, start, stop, **rule, **now)
+            got, want = (
+                t.transpose(1, 2)[real[:, start:stop]] for t in (got, truth[:, :, start:stop])
+            )
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+            start = stop
