@@ -1,7 +1,8 @@
 """Rows that also see the keys nearest to them: an ablation of DMA, which forces none into the set.
 
-Not an option of the package: a cache of ``keep`` slots could not hold the keys, and the paper has
-no such variant. Here a layer's mask is widened while a model is trained and measured.
+A layer's mask is widened while a model is trained and measured. The package has the same as an
+option since, `DmaConfig.window`, whose ``keep`` counts the nearest keys too. Rows measured
+before are known by their recipes, which say it in this way; so the ablation goes on as it was.
 """
 
 from __future__ import annotations

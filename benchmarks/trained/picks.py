@@ -57,7 +57,8 @@ def expiries(model: Any, ids: Sequence[int]) -> Tensor:
     masks = []
     for index, score in enumerate(scores):
         keep = keep_of(model.config.keep, index, len(ids))
-        mask = select(score, keep=keep, threshold=model.config.threshold)
+        shape = model.config
+        mask = select(score, keep=keep, window=shape.window, threshold=shape.threshold)
         masks.append(mask.expiry[0].long().clamp_max(len(ids)).cpu())
     return torch.stack(masks)
 

@@ -17,7 +17,14 @@ from grid import Row
 
 RESULTS = Path(__file__).parents[1] / "results"
 EXPERIMENTS = ("mqar", "scaling", "past")
-NAMES = {"mha": "MHA", "swa": "SWA", "mla": "MLA", "nsa": "NSA", "dma": "DMA"}
+NAMES = {
+    "mha": "MHA",
+    "swa": "SWA",
+    "mla": "MLA",
+    "nsa": "NSA",
+    "dma": "DMA",
+    "dma-window": "DMA, 256 nearest",
+}
 
 INTRO = """\
 # Trained methods

@@ -24,6 +24,7 @@ from dynmask.train.trainer import NonFiniteLossError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "trained"
 METHODS = ("mha", "swa", "mla", "nsa", "dma")
+WINDOWED = "dma-window"  # Of the scaling experiment alone.
 TINY = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -36,6 +37,7 @@ OWN = {
     "mla": {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
     "nsa": {"head_dim": 8, "num_key_value_heads": 1, "window": 24, "compress_hidden": 4},
     "dma": {"head_dim": 8, "num_key_value_heads": 1, "keep": 24},
+    WINDOWED: {"head_dim": 8, "num_key_value_heads": 1, "keep": 24, "window": 12},
 }
 
 
@@ -55,7 +57,7 @@ def scripts():
 def recipes(source, target, **changes):
     """The committed recipes of a folder with tiny models and few steps."""
     target.mkdir()
-    for method in METHODS:
+    for method in (name for name in OWN if (source / f"{name}.yaml").exists()):
         raw = yaml.safe_load((source / f"{method}.yaml").read_text(encoding="utf-8"))
         raw["model"] |= TINY | OWN[method]
         raw |= {"phases": [{"length": 64, "steps": 3}], "tokens_per_step": 128} | changes
@@ -371,7 +373,7 @@ def test_scaling_and_past(scripts, books, tmp_path):
     parts = [{"name": "tiny", "recipes": "tiny", "lrs": [0.01], "seeds": [0]}]
     evaluation = {"length": 64, "windows": 3}
     path = write_grid(
-        sizes, methods=["mha", "swa", "nsa", "dma"], parts=parts, evaluation=evaluation
+        sizes, methods=["mha", "swa", "nsa", "dma", WINDOWED], parts=parts, evaluation=evaluation
     )
     grid = scripts.grid.Grid.load(path)
     texts = [load_texts("perplexity")[0][:4000]]
@@ -419,7 +421,9 @@ def test_scaling_and_past(scripts, books, tmp_path):
     page = tmp_path / "page" / "trained.md"
     scripts.trained_page.write({"scaling": first, "past": second}, page)
     text = page.read_text()
-    assert f"| DMA | 0.1M | 0.01 | 1 | {first[-1]['perplexity']['score']:.3f} |" in text
+    for name, row in (("DMA", first[-2]), ("DMA, 256 nearest", first[-1])):
+        assert f"| {name} | 0.1M | 0.01 | 1 | {row['perplexity']['score']:.3f} |" in text
+    assert first[-1]["valid_loss"] != first[-2]["valid_loss"]
     assert "| needle | NSA | 1 | 0 (0 to 66) |" in text
     assert (page.parent / "trained-past-tiny.svg").read_text().count("<svg") == 1
 
@@ -444,11 +448,11 @@ GRIDS = {name: FOLDER / name / "grid.yaml" for name in ("mqar", "scaling")}
 def test_committed_recipes_are_alike(scripts, name):
     """Methods of a part differ in the model's fields alone; all take part in every part."""
     grid = scripts.grid.Grid.load(GRIDS[name])
-    assert grid.methods == METHODS
+    assert grid.methods == METHODS + (WINDOWED,) * (name == "scaling")
     for part in grid.parts:
         cells = [
             grid.cell(GRIDS[name].parent, part, method, part.lrs[0], 0, free=[])
-            for method in METHODS
+            for method in grid.methods
         ]
         # The rate is chosen by what the last step finds.
         assert all(cell.recipe.eval_every == cell.recipe.steps for cell in cells)
@@ -463,7 +467,7 @@ def test_committed_recipes_are_alike(scripts, name):
 @pytest.mark.parametrize("size", ["10M", "30M", "80M"])
 def test_parameters_are_equal(size):
     counts = {}
-    for method in METHODS:
+    for method in (*METHODS, WINDOWED):
         recipe = Recipe.load(FOLDER / "scaling" / size / f"{method}.yaml")
         with torch.device("meta"):
             model = build_model(recipe, vocab_size=4096)
@@ -472,6 +476,16 @@ def test_parameters_are_equal(size):
     assert counts["mha"] == pytest.approx(int(size[:-1]) * 1e6, rel=0.14)
     for method, count in counts.items():
         assert count == pytest.approx(counts["mha"], rel=0.01), method
+
+
+@pytest.mark.parametrize("size", ["10M", "30M", "80M"])
+def test_half_of_the_keys_are_the_nearest(size):
+    plain, windowed = (
+        Recipe.load(FOLDER / "scaling" / size / f"{method}.yaml").identity()
+        for method in ("dma", WINDOWED)
+    )
+    assert windowed["model"].pop("window") == 256 == plain["model"]["keep"] // 2
+    assert windowed == plain
 
 
 def test_the_questions_past_the_length_can_be_read(scripts):
