@@ -33,8 +33,9 @@ device and time.
 **Protocol.** A row of a table is the base's recipe with what its name says. *Keys a row sees* is
 `w`, the nearest keys that are forced in included; *density* is the share of the causal pairs that
 this makes, at the length of the test. *Nearest* keys are not part of the choice: a key enters it
-when it is no longer near, and then the best `keep` are kept. They are forced in by the benchmark
-alone; the package has no such option, since DMA forces nothing into the set. There is one learning
+when it is no longer near, and then the best `keep` are kept. They are forced in by the benchmark;
+the package's option for the same, `DmaConfig.window`, came later and counts them in `keep`, and
+DMA as published has none. There is one learning
 rate, the base's own; a row that wants another is wronged. Batches and, but for `A`, initial
 weights are the same at the same seed.
 

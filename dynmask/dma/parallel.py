@@ -57,8 +57,8 @@ def context_prefill(
     behind it. A prompt too long for the activations of one call is read in several, one after the
     other, each with the cache of the one before. For inference: nothing has a gradient.
 
-    With a ``window`` the last tokens of a share are among what is exchanged, and of its older ones
-    the best. Without a bound (``keep=None``, or a ``keep`` above the share) whole shares are exchanged.
+    With a ``window`` the keys that a process chooses are its last ones and the best of the others.
+    Without a bound (``keep=None``, or a ``keep`` above the share) whole shares are exchanged.
 
     Args:
         model: The same in all processes of the group, or split by tensor parallelism over others.
