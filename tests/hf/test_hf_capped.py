@@ -166,6 +166,17 @@ def test_memory_stops_growing_and_far_tokens_go(kind):
         assert any(name.startswith("capped") for name in decode)
 
 
+def test_half_of_the_slots_hold_half_of_the_bytes():
+    model = make_model("llama")
+    ids, plain = random_ids(1, 2000), DynamicCache(config=model.config)
+    with accelerate(model, mode="dense") as run, torch.no_grad():
+        capped = run.cache(1000)
+        for cache in (plain, capped):
+            model(ids, past_key_values=cache)
+    whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
+    assert 0.45 * whole < capped.memory() <= 0.58 * whole
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side):
     model = make_model("llama")
