@@ -9,12 +9,14 @@ import torch
 from attention_cases import naive_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import GPU, require_triton
 
 from dynmask.dma import LifetimeCache, nearest
 from dynmask.dma.selection import select
 from dynmask.dma.slots import Slots
+from dynmask.dma.windowed import kept_keys
 from dynmask.masks import Documents, Lifetimes
-from dynmask.ops import attention
+from dynmask.ops import attention, bounded
 
 
 def defined(score, *, keep, window, threshold=None, real=None, documents=None):
@@ -340,3 +342,33 @@ def test_what_the_choice_leaves_open_does_not_matter(monkeypatch, padded, thresh
             )
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
             start = stop
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoding_by_the_kernels(monkeypatch, padded):
+    """On a GPU one kernel takes in what leaves the window, and slots are not sorted by arrival."""
+    require_triton()
+    from dynmask.masks.triton.select import expiry_of_top
+    from dynmask.ops.triton.insert import insert
+
+    monkeypatch.setattr(bounded, "_insert_function", lambda device: insert)
+    monkeypatch.setattr("dynmask.ops.bounded_rules._expiry_of_top", expiry_of_top)
+    device = "cuda" if GPU else "cpu"
+    parts, rule = tokens(24), {"keep": 6, "window": 2, "threshold": 0.3}
+    real = torch.ones(2, 24, dtype=torch.bool)
+    real[1, :9] = not padded
+    seen = defined(parts[2], **rule, real=real)
+    truth = naive_attention(parts[3], parts[0], parts[1], seen, parts[2])
+    k, v, score, q = (t.to(device) for t in parts)
+    real = real.to(device)
+    state = kept_keys(6, 2, batch=2, groups=G, dim=D, threshold=0.3, device=device)
+    now = {"present": real[:, :12]} if padded else {}
+    state.extend(k[:, :, :12], v[:, :, :12], score[:, :, :12], **now)
+    for at in range(12, 24):
+        one = slice(at, at + 1)
+        now = {"present": real[:, at]} if padded else {}
+        state.insert(k[:, :, one], v[:, :, one], score[:, :, one], **now)
+        keys, values, bias, mask = state.view()
+        assert keys.shape[2] == 6
+        out = attention(q[:, :, one], keys, values, mask, bias=bias, impl="reference")
+        torch.testing.assert_close(out.double().cpu(), truth[:, :, one], rtol=1e-5, atol=1e-5)

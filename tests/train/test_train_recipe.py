@@ -317,10 +317,11 @@ def test_model_from_a_checkpoint(tmp_path):
     first.save_pretrained(tmp_path / "dma")
     source = str(tmp_path / "dma")
     rope = {"rope_type": "default", "rope_theta": 100000.0}
-    fields = {"type": "dma", "from": source, "keep": 8, "rope_parameters": rope}
+    fields = {"type": "dma", "from": source, "keep": 8, "window": 4, "rope_parameters": rope}
     check_model(load(tmp_path, model=fields), vocab_size=64)
     model = build_model(load(tmp_path, model=fields), vocab_size=64)
-    assert (model.config.keep, model.config.rope_parameters["rope_theta"]) == (8, 100000.0)
+    assert (model.config.keep, model.config.window) == (8, 4)
+    assert model.config.rope_parameters["rope_theta"] == 100000.0
     for one, other in zip(first.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"from=.*: it is a dma model, not a llama one"):

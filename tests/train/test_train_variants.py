@@ -135,6 +135,8 @@ def test_by_the_command(tmp_path, capsys):
         ({"type": "moba", "impl": "cuda"}, "impl='cuda' is not known"),
         ({"type": "moba", "num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"type": "mistral", "window": 3}, "unknown field window"),
+        ({"type": "dma", "keep": 24, "window": 25}, "window=25 is more than keep=24"),
+        ({"type": "dma", "window": "wide"}, "window='wide' must be an integer"),
     ],
 )
 def test_what_cannot_be_is_refused(model, message):
