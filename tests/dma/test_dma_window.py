@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -161,6 +162,37 @@ def test_a_cache_shows_what_one_call_does(splits, keep, window, threshold, paddi
     held = cache.layers[0].memory() / (2 * G * (8 * D + 12) + 2)
     if keep is not None:
         assert held <= keep + 1
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=8),
+    keep=st.integers(1, 12),
+    near=st.integers(0, 12),
+    threshold=st.sampled_from([None, 2.0]),
+    holes=st.sampled_from([0.0, 0.2, 0.7]),
+    seed=st.integers(0, 10_000),
+)
+def test_any_steps_show_the_keys_of_one_call(sizes, keep, near, threshold, holes, seed):
+    """Keys are told apart by their numbers; scores tie, and may be infinite or no numbers."""
+    count, window = sum(sizes), min(near, keep)
+    score = drawn(2, G, count, seed=seed)
+    key = torch.arange(1.0, count + 1).expand(2, G, count)[..., None]
+    real = torch.rand(2, count, generator=torch.Generator().manual_seed(seed)) >= holes
+    rule = {"keep": keep, "window": window, "threshold": threshold}
+    expected = defined(score, **rule, real=real)
+    cache, start = LifetimeCache(), 0
+    for size in sizes:
+        stop = start + size
+        new = (t[:, :, start:stop] for t in (key, key, score))
+        now = {"present": real[:, start:stop]} if holes else {}
+        k, _, _, mask = cache.extend(*new, 0, **rule, **now)
+        seen = mask.dense(size)
+        for b, g, row in itertools.product(range(2), range(G), range(size)):
+            if real[b, start + row]:
+                found = k[b, g, seen[b, g, row], 0].long() - 1
+                assert found.tolist() == expected[b, g, start + row].nonzero().flatten().tolist()
+        start = stop
 
 
 @pytest.mark.parametrize("window", [1, 3, 6])

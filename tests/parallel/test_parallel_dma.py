@@ -14,6 +14,7 @@ MODELS = {
         "qk_norm": False,
         "score": "linear",
         "threshold": -3.0,
+        "window": 3,
         "num_key_value_heads": 4,
     },
     "one": {"num_key_value_heads": 1},
