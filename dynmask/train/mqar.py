@@ -37,6 +37,8 @@ class Mqar:
     """
 
     type: ClassVar[str] = "mqar"
+    shortest: ClassVar[int] = 16
+    """Tokens of the shortest row of a recipe: with 2 to 4 pairs a model learns to bind them."""
 
     vocab: int = 8192
     pairs: int = 512

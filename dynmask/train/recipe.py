@@ -135,10 +135,11 @@ class Recipe:
                 f"micro_tokens={micro} must be over 0 and divide tokens_per_step="
                 f"{self.tokens_per_step}, over 0 too"
             )
+        least = Mqar.shortest if isinstance(self.data, Mqar) else 64
         for phase in self.phases:
-            if phase.length < 64 or phase.steps < 1 or micro % phase.length:
+            if phase.length < least or phase.steps < 1 or micro % phase.length:
                 raise ValueError(
-                    f"phases: {phase} needs length >= 64, steps >= 1 and a length that divides "
+                    f"phases: {phase} needs length >= {least}, steps >= 1 and a length that divides "
                     f"tokens_per_step={self.tokens_per_step}, and micro_tokens if given"
                 )
 

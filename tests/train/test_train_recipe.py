@@ -94,6 +94,7 @@ def test_what_is_written_is_what_was_read(tmp_path):
         ({"phases": [5]}, "recipe: phases: 5 is not a mapping"),
         ({"phases": [{"length": 64}]}, "recipe: phases: the field 'steps' is missing"),
         ({"phases": [{"length": 32, "steps": 9}]}, "length >= 64"),
+        ({"data": {"type": "mqar"}, "phases": [{"length": 8, "steps": 9}]}, "length >= 16"),
         ({"phases": [{"length": 96, "steps": 9}]}, "divides tokens_per_step=256"),
         ({"phases": [{"length": 64, "steps": 0}]}, "steps >= 1"),
         ({"phases": [{"length": 64, "steps": 1.5}]}, "steps=1.5 must be an integer"),
