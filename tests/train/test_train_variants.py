@@ -110,8 +110,7 @@ def test_by_the_command(tmp_path, capsys):
         "model={type: nsa, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, "
         "num_attention_heads: 2, max_position_embeddings: 64, window: 16}",
         "data={type: mqar, vocab: 32, pairs: 4}",
-        "phases.0.length=64",
-        "phases.0.steps=2",
+        "phases=[{length: 64, steps: 2}]",
         "tokens_per_step=128",
         "schedule.warmup_steps=1",
         "eval_every=0",
