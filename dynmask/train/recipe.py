@@ -139,8 +139,8 @@ class Recipe:
         for phase in self.phases:
             if phase.length < least or phase.steps < 1 or micro % phase.length:
                 raise ValueError(
-                    f"phases: {phase} needs length >= {least}, steps >= 1 and a length that divides "
-                    f"tokens_per_step={self.tokens_per_step}, and micro_tokens if given"
+                    f"phases: {phase} needs length >= {least}, steps >= 1 and a length that "
+                    f"divides tokens_per_step={self.tokens_per_step}, and micro_tokens if given"
                 )
 
     @property

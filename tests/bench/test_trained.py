@@ -63,6 +63,8 @@ def recipes(source, target, **changes):
         raw |= {"phases": [{"length": 64, "steps": 3}], "tokens_per_step": 128} | changes
         raw |= {"log_every": 1, "eval_every": 3, "eval_sequences": 2}
         raw["schedule"]["warmup_steps"] = 1
+        if "decay_steps" in raw["schedule"]:
+            raw["schedule"]["decay_steps"] = 1
         (target / f"{method}.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
 
 
