@@ -52,11 +52,18 @@ it says how the rows would stand after a real run. The same command has a size f
 rows would stand for larger ones.""",
 }
 
+UNBOUND = """
+**No row is above what naming a value not yet answered gives: none of these models binds a key to
+its value**, and the rows tell how well the values in a row are known. The log says what would let
+them learn it; the recipes of `benchmarks/trained/mqar` follow that.
+"""
+
 RECALL = """\
 {parameters:.2f}M parameters, {tokens:.1f}M tokens of training in rows of {length} tokens: {fewest}
 to {most} pairs of a key and a value, then every key once more between filler. Its value is to be
 named, the arg max over all {vocab} tokens; to name any value of the row is right once in as many as
-there are pairs. {n} test rows of {length} tokens for each number of pairs. Behind ± stand 1.96
+there are pairs, and any that was not yet answered (1 + 1/2 + ... + 1/n) / n of the time: {easy}.
+{n} test rows of {length} tokens for each number of pairs. Behind ± stand 1.96
 standard errors of the rows, seeds pooled; in brackets the least and the largest of the seeds.
 *Against base* is the mean difference at {most} pairs, in points, with a 95 % interval from the rows
 of both, which says nothing of the seeds' scatter.
@@ -131,6 +138,11 @@ def _what(row: Row, length: int) -> list[str]:
     return [said + (f" ({near} nearest)" if near else ""), f"{density(seen, length):.2f}"]
 
 
+def _unanswered(pairs: int) -> float:
+    """Right by naming any value that has not been answered yet, each being asked once."""
+    return statistics.fmean(1 / left for left in range(1, pairs + 1))
+
+
 def on_recall(rows: Sequence[Row]) -> str:
     """Accuracy by number of pairs."""
     runs = listed(rows)
@@ -176,11 +188,19 @@ def on_recall(rows: Sequence[Row]) -> str:
         most=data["pairs"],
         vocab=data["vocab"] + data["filler"],
         n=f"{some['recall'][0]['rows']:,}",
+        easy=", ".join(f"{100 * _unanswered(n):.0f} % of {n} pairs" for n in counts),
+    )
+    binds = any(
+        found["accuracy"] > _unanswered(n)
+        for row in rows
+        if "recall" in row
+        for n, found in zip(counts, row["recall"], strict=True)
     )
     return "\n".join(
         [
             said,
             table([*head, "against base", "held-out loss"], lines),
+            *([] if binds else [UNBOUND]),
             CHANGED,
             table(
                 [
