@@ -13,13 +13,13 @@ SINKS = 4
 RECENT = 64
 """Last tokens that always stay, and rows that say what is looked at."""
 
-_AROUND = 8  # A fact is several tokens: those on either side of what is looked at come next.
+_AROUND = 16  # A fact is several tokens: those on either side of what is looked at come next.
 
 
 def importance(q: Tensor, k: Tensor, *, rows: Tensor, slots: Tensor, scale: float) -> Tensor:
     r"""Say what the attention of the last rows would lose with a token.
 
-    .. math:: r_j = \max_{g} \max_{|t - j| \le 8} \operatorname{mean}_{rows, heads\ of\ g} P_{it}^2
+    .. math:: r_j = \max_{g} \max_{|t - j| \le 16} \operatorname{mean}_{rows, heads\ of\ g} P_{it}^2
 
     The largest over the kv heads g: a layer keeps what any of its heads looks at, in all of them. A
     head may need a token only later that another one has found already, as heads that copy a number

@@ -27,7 +27,7 @@ def by_definition(q, k, rows, slots, scale):
                     for s, weight in zip(seen, p.tolist(), strict=True):
                         square[s] += weight**2 / (len(asked) * len(of_group))
             for place, s in enumerate(real):
-                found = max(square[t] for t in real if abs(t - s) <= 8)
+                found = max(square[t] for t in real if abs(t - s) <= 16)
                 out[b, s] = max(out[b, s], found)
                 if place < SINKS or s >= size - RECENT:
                     out[b, s] = torch.inf
