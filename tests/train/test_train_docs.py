@@ -23,7 +23,7 @@ def test_recipe_loads(number, tmp_path):
     if number == 0:
         shown = set(re.findall(r"^(\w+):", YAML[0], re.MULTILINE))
         assert shown == set(recipe.to_dict()), "every field is shown"
-        assert recipe == Recipe.load("80M", settings=["model.keep=1024"])
+        assert recipe == Recipe.load("80M", settings=["model.keep=1024", "model.window=0"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
