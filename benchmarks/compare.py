@@ -264,7 +264,7 @@ class Comparison:
         ]
 
     def _cache(self, method: Method | None, run: Any, settings: dict[str, Any]) -> Any:
-        """What makes the caches of decoded tasks; None for those that questions crop back."""
+        """What makes the caches of decoded tasks; None leaves them to transformers."""
         if method is not None and method.policy == "capped":
             return lambda: run.cache(settings["cap"])
         if method is not None and method.policy == "dynamic":

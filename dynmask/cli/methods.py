@@ -51,7 +51,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-cache-tokens",
         type=int,
         metavar="N",
-        help="hard cap on the keys that each head keeps, implies --whole; with --mode",
+        help="hard cap on the tokens that each layer keeps, implies --whole; with --mode",
     )
 
 

@@ -107,7 +107,8 @@ class DynamicMaskAttention(nn.Module):
 
         Raises:
             ValueError: If there are no tokens, shapes do not fit, the cache is another, documents
-                come with a cache, or the configuration's ``keep`` was set to what is no rule.
+                come with a cache, or the configuration's ``keep`` or ``window`` was set to what is
+                no rule.
         """
         cache = lifetime_cache(past_key_values)
         if slots is None:

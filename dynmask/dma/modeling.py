@@ -167,8 +167,8 @@ class DmaModel(DmaPreTrainedModel):
 
         Raises:
             ValueError: If there are no tokens, shapes do not fit, the cache is another, documents
-                come with a cache, an argument is not known, or the configuration's ``keep`` was
-                set to what is no rule.
+                come with a cache, an argument is not known, or the configuration's ``keep`` or
+                ``window`` was set to what is no rule.
         """
         check_keep(self.config.keep, self.config.num_hidden_layers, self.config.window)
         _check_kwargs(kwargs, tells_documents=documents is not None or position_ids is not None)

@@ -1,4 +1,4 @@
-"""A cache with a hard cap: the keys that are looked at stay, the others are given up."""
+"""A cache with a hard cap: the tokens that are looked at stay, the others are given up."""
 
 from __future__ import annotations
 
