@@ -57,8 +57,9 @@ def expiries(model: Any, ids: Sequence[int]) -> Tensor:
     masks = []
     for index, score in enumerate(scores):
         keep = keep_of(model.config.keep, index, len(ids))
-        shape = model.config
-        mask = select(score, keep=keep, window=shape.window, threshold=shape.threshold)
+        mask = select(
+            score, keep=keep, window=model.config.window, threshold=model.config.threshold
+        )
         masks.append(mask.expiry[0].long().clamp_max(len(ids)).cpu())
     return torch.stack(masks)
 
@@ -318,6 +319,8 @@ def main() -> None:
     length = args.length or 4 * keep if isinstance(keep, int) else 0
     if not isinstance(keep, int) or not 2 <= keep < length / 2:
         parser.error(f"keep={keep} must be one integer, and less than half of the window")
+    if model.config.window > keep // 2:
+        parser.error(f"window={model.config.window}: at half of keep={keep} no key would be chosen")
     texts = read_texts(args.texts) if args.texts else load_texts("perplexity")
     try:
         windows = windows_of_text(tokenizer, texts, length=length, windows=args.windows)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -425,6 +426,23 @@ def test_the_command_draws_a_model(scripts, cells, tmp_path, monkeypatch):
         "types.svg",
         "lives.svg",
     }
+
+
+def test_a_window_over_half_of_the_keys_leaves_nothing_to_draw(
+    scripts, cells, tmp_path, monkeypatch, capsys
+):
+    rows, folder = cells
+    (row,) = [r for r in rows if r["part"] == "text" and r["method"] == "base"]
+    model = tmp_path / "model"
+    shutil.copytree(folder / "runs" / row["run"] / "model", model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    changed = json.dumps(config | {"window": config["keep"] // 2 + 1})
+    (model / "config.json").write_text(changed, encoding="utf-8")
+    given = ["picks.py", "--model", str(model), "--out", str(tmp_path / "picks")]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit):
+        scripts.picks.main()
+    assert "at half of keep" in capsys.readouterr().err
 
 
 def test_the_kept_page_is_that_of_the_kept_cells(scripts, tmp_path):
