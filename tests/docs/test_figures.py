@@ -278,6 +278,26 @@ def test_methods_without_training():
     assert len(table) == 11
 
 
+def test_questions_at_low_coverage():
+    lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["checkpoint"].endswith("H200")]
+    full = {(r["checkpoint"], r["task"]["name"]): r for r in rows if r["method"] == "full"}
+    low = [r for r in rows if (r["method"], r["target"]) == ("dynamic", 0.9)]
+    text = [r for r in low if "perplexity" in r["task"]["name"] and r["checkpoint"][0] == "e"]
+    asked = [r for r in low if r["task"]["run"] == "recall"]
+    assert len(asked) >= 4
+
+    def against(row):
+        return full[row["checkpoint"], row["task"]["name"]]["score"]
+
+    fewer = 100 * max(against(row) - row["score"] for row in asked)
+    least, most = (f(row["density"]["prefill"] for row in asked) for f in (min, max))
+    more = 100 * (text[0]["score"] / against(text[0]) - 1)
+    guide = " ".join((ROOT / "docs/guide/accelerate.md").read_text(encoding="utf-8").split())
+    assert f"at most {fewer:.1f} points fewer of lines and needles" in guide
+    assert f"at {least:.2f} to {most:.2f} of the pairs; perplexity rises by {more:.1f} %" in guide
+
+
 def test_trained_from_scratch():
     lines = (ROOT / "benchmarks/results/trained_scaling.jsonl").read_text(encoding="utf-8")
     found = {}
