@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 
 from dynmask.dma import DmaConfig, DmaForCausalLM
 from dynmask.dma.convert import from_doge, from_pretrained_dense
+from dynmask.dma.selection import check_keep
 from dynmask.train.fields import check_names
 from dynmask.train.recipe import Recipe
 from dynmask.train.variants import MobaConfig, MobaForCausalLM, NsaConfig, NsaForCausalLM
@@ -74,7 +75,7 @@ def check_model(recipe: Recipe, *, vocab_size: int | None = None, **tokens: int 
     # Room for the id of any special token.
     config = _tried(recipe, 1 << 20 if vocab_size is None else vocab_size, tokens)
     if config is not None:
-        _check_room(config, recipe, 0 if vocab_size is None else vocab_size)
+        _check_config(config, recipe, 0 if vocab_size is None else vocab_size)
 
 
 def build_model(recipe: Recipe, *, vocab_size: int, **tokens: int | None) -> PreTrainedModel:
@@ -110,7 +111,7 @@ def build_model(recipe: Recipe, *, vocab_size: int, **tokens: int | None) -> Pre
             model = _MODELS[kind](_fresh(kind, size, fields, vocab_size, tokens))
     except _REFUSALS as error:
         raise _named(error, source, fields) from error
-    _check_room(model.config, recipe, vocab_size)
+    _check_config(model.config, recipe, vocab_size)
     return model
 
 
@@ -196,12 +197,18 @@ def _named(error: Exception, source: str | None, fields: dict[str, Any]) -> Valu
     return ValueError(f"recipe: model: {origin}{text}")
 
 
-def _check_room(config: PreTrainedConfig, recipe: Recipe, vocab_size: int) -> None:
+def _check_config(config: PreTrainedConfig, recipe: Recipe, vocab_size: int) -> None:
     if config.vocab_size < vocab_size:
         raise ValueError(
             f"recipe: model: vocab_size={config.vocab_size} is less than the {vocab_size} tokens "
             f"of the data"
         )
+    if isinstance(config, DmaConfig):
+        # What a recipe changes in a checkpoint's configuration is set after its own check.
+        try:
+            check_keep(config.keep, config.num_hidden_layers, config.window)
+        except ValueError as error:
+            raise ValueError(f"recipe: model: {error}") from error
     if config.max_position_embeddings < recipe.longest:
         raise ValueError(
             f"recipe: model: max_position_embeddings={config.max_position_embeddings} must be at "

@@ -329,6 +329,9 @@ def test_model_from_a_checkpoint(tmp_path):
         build_model(load(tmp_path, model={"type": "llama", "from": source}), vocab_size=64)
     with pytest.raises(ValueError, match="a_std is for a fresh model or a dense"):
         check_model(load(tmp_path, model=fields | {"a_std": 0.1}))
+    for check in (check_model, functools.partial(build_model, vocab_size=64)):
+        with pytest.raises(ValueError, match="recipe: model: window=9 is more than keep=8"):
+            check(load(tmp_path, model=fields | {"window": 9}))
     with pytest.raises(ValueError, match="vocab_size=96 is less than the 97 tokens"):
         check_model(load(tmp_path, model=fields), vocab_size=97)
     with pytest.raises(ValueError, match="vocab_size=96 is less than the 97 tokens"):
