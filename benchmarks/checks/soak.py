@@ -234,11 +234,7 @@ def main(words: list[str] | None = None) -> int:
     tolerance = given.tolerance_mib
     if tolerance is None:
         tolerance = TOLERANCE_MIB["cpu" if given.device == "cpu" else "cuda"]
-    found = {}
-    for name in given.cases:
-        options = given.steps, given.every, given.device, given.seed
-        found[name] = soak(name, *options, tolerance=tolerance)
-        print(name, {k: v for k, v in found[name].items() if k != "readings_mib"}, flush=True)
+    found: dict[str, Any] = {}
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -250,10 +246,13 @@ def main(words: list[str] | None = None) -> int:
         "tolerance_mib": tolerance,
         "cases": found,
     }
-    text = json.dumps(document, indent=1)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n", encoding="utf-8")
+    for name in given.cases:
+        options = given.steps, given.every, given.device, given.seed
+        found[name] = soak(name, *options, tolerance=tolerance)
+        print(name, {k: v for k, v in found[name].items() if k != "readings_mib"}, flush=True)
+        if given.out is not None:  # After each case: what has run is kept.
+            given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document, indent=1))
     return 0 if all(case["ok"] for case in found.values()) else 1
 
 
