@@ -179,7 +179,7 @@ def under(
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        options = ["--tool", tool, "--log-file", str(log), "--print-limit", "10000"]
+        options = ["--tool", tool, "--log-file", str(log), "--print-limit", "1000000"]
         options += ["--target-processes", "application-only"]
         if tool == "memcheck":
             options += ["--report-api-errors", "explicit"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime import interpreter, jit
 
 from dynmask.dam.dynamic import Dynamic, dynamic_attention
+from dynmask.dam.paged import PagedKeys
 from dynmask.masks import Blocks, Documents, Lifetimes, Mask, Padding, Stripes
 from dynmask.masks.lifetimes import _expiry_of_top
 from dynmask.masks.triton.select import Level, Plan, expiry_of_top, run_plan
@@ -214,6 +215,20 @@ def dynamic() -> None:
         assert out.isfinite().all()
 
 
+def pages() -> None:
+    """A decode step that chooses blocks from keys in 4 bits."""
+    settings = Dynamic(tile=16, block=8, near=10, landmarks=4, shortest=32, few=4, coverage=0.9)
+    for dtype, dim in KINDS:
+        q = random(BATCH, HEADS, 1, dim, seed=1, dtype=dtype).to(DEVICE)
+        k, v = (random(BATCH, GROUPS, LENGTH, dim, seed=s, dtype=dtype).to(DEVICE) for s in (2, 3))
+        paged = PagedKeys(settings, quantized=True)
+        paged.append(k, v)
+        out, causal, shown, _ = paged.attend(q)
+        assert shown is not None
+        assert int(shown) < causal
+        assert out.isfinite().all()
+
+
 def kernels_for_all() -> None:
     """Let dynamic masks use their kernels on the CPU too, in the interpreter."""
 
@@ -239,6 +254,7 @@ CALLS = {
         stripes_decode,
         blocks_forward_backward,
         dynamic,
+        pages,
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,17 +126,28 @@ def in_order(
 
 
 def best_lr(rows: list[Row], part: Part, method: str) -> float | None:
-    """The rate of least held-out loss at the first seed; None unless all rates are there."""
+    """The best run's rate at the first seed; None unless all rates are there."""
     tried = {row["lr"] for row in _first_seed(rows, part, method)}
     best = best_so_far(rows, part, method)
     return best["lr"] if best and set(part.lrs) <= tried else None
 
 
 def best_so_far(rows: list[Row], part: Part, method: str) -> Row | None:
-    """The run of least held-out loss at the first seed, whatever rates are there."""
+    """The run of least `shortfall` at the first seed, whatever rates are there."""
     # A run that diverged has no loss.
     good = [row for row in _first_seed(rows, part, method) if row.get("valid_loss") is not None]
-    return min(good, key=lambda row: row["valid_loss"], default=None)
+    return min(good, key=shortfall, default=None)
+
+
+def shortfall(row: Row) -> float:
+    """What the best rate has least of: wrong answers, mean of the lengths; without any, the loss.
+
+    Training's held-out rows of associative recall may have any number of pairs, the task's have
+    all, and methods that drop keys differ in which of the two they do better.
+    """
+    if "lengths" in row:
+        return 1.0 - statistics.fmean(at["accuracy"] for at in row["lengths"])
+    return float(row["valid_loss"])
 
 
 def _first_seed(rows: list[Row], part: Part, method: str) -> list[Row]:

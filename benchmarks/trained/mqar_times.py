@@ -2,7 +2,7 @@
 
     python benchmarks/trained/mqar_times.py --runs runs --only part="d128, 512 pairs"
 
-Of each method the run of least held-out loss so far at the first seed is taken; its model must lie
+Of each method the run of best accuracy so far at the first seed is taken; its model must lie
 in --runs. The times of a part are a line of --out. Nothing else may run on the GPU meanwhile.
 """
 

@@ -194,7 +194,7 @@ def _parts(q: Tensor, k: Tensor, settings: Dynamic) -> Iterator[tuple[int, int]]
     """Cut the rows into parts that end where tiles end; yield ``(first, last)`` positions."""
     batch, groups, k_len = k.shape[:3]
     q_len, tile = q.shape[2], settings.tile
-    of_tile, cells = 0, _CPU_CELLS
+    of_tile, cells = 1, _CPU_CELLS
     if q.device.type != "cpu":
         of_tile, cells = k_len, _CELLS
     of_rows = q.shape[1] // groups * tile

@@ -137,14 +137,14 @@ def test_status_of_a_tool(sanitizer, tmp_path, monkeypatch, log, calls, status):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
-def test_the_calls_run_dry(sanitizer, tmp_path, capsys):
+def test_the_calls_run_dry_and_reach_every_kernel(sanitizer, tmp_path, capsys):
     pytest.importorskip("triton")
-    words = ["--dry", "--only", "insert", "decode", "--out", str(tmp_path / "dry.json")]
+    words = ["--dry", "--limit", "600", "--out", str(tmp_path / "dry.json")]
     assert sanitizer.main(words) == 0
     found = json.loads((tmp_path / "dry.json").read_text(encoding="utf-8"))
-    assert found["plain"]["calls"] == {"insert": "ok", "decode": "ok"}
-    assert "dynmask.ops.triton.insert.insert_kernel" in found["plain"]["launched"]
-    assert "dynmask.ops.triton.forward._forward_kernel" in found["not_launched"]
+    assert set(found["plain"]["calls"].values()) == {"ok"}
+    # A kernel that is new has to be called there too. Those for Hopper run on a GPU alone.
+    assert all(".hopper" in name for name in found["not_launched"])
     assert "insert_kernel               yes" in capsys.readouterr().out
 
 
