@@ -66,7 +66,7 @@ uncompiled, attention by torch's SDPA (MHA, SWA, MLA) or this package's engine.
 """
 
 PAST = """\
-The models above, trained on for 600 steps on records of lines and needles with questions at up to
+The models above, trained on for 1,000 steps on records of lines and needles with questions at up to
 4,096 tokens (keys, numbers and books of the test are others), then asked at greedy decoding, as
 `dynmask eval` does. Nothing else is done for lengths beyond: RoPE's base is 500,000 throughout.
 Intervals are Wilson's, 95 %.
