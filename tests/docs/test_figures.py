@@ -333,6 +333,9 @@ def test_trained_from_scratch():
     assert "; {dma_window} with [`DmaConfig(window=256)`]".format(**found) in readme
     said = "perplexity {dma} against {mha} with full attention and {dma_window} with a `window`"
     assert said.format(**found) in LIMITS
+    said = "{dma_window} with half of the keys nearest, {dma} without and {mha} with full attention"
+    guide = (ROOT / "docs/dma.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert said.format(**found) in guide
 
 
 def test_associative_recall():
