@@ -1,24 +1,12 @@
 """The tables of docs/ and the README say what the kept JSON says."""
 
-import json
-from pathlib import Path
-
 import pytest
+from kept_results import ROOT, cells, document, lines, text
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/results/dma.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FIRST = " ".join((ROOT / "docs/index.md").read_text(encoding="utf-8").split())
-LIMITS = (ROOT / "docs/guide/limits.md").read_text(encoding="utf-8")
-
-
-def document(name):
-    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def cells(name):
-    path = ROOT / "benchmarks/results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+FIRST = text("docs/index.md")
+LIMITS = (ROOT / "docs/guide/limits.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("cell", cells("train_speed"), ids=lambda c: f"{c['size']}-{c['length']}")
@@ -125,7 +113,7 @@ def test_capped_caches_in_the_guide(name):
 )
 def test_demo_in_the_limits(row):
     start = {"L": "| LongEval", "R": "| recall inside", "N": "| needles", "P": "| perplexity"}
-    (line,) = [x for x in LIMITS.splitlines() if x.startswith(start[row["task"][0]])]
+    (line,) = [x for x in LIMITS if x.startswith(start[row["task"][0]])]
     values = [value.strip() for value in line.strip("|").split("|")]
     value = values[1 + ["full", "static", "dynamic", "auto"].index(row["mode"])]
     if row["metric"] == "perplexity":
@@ -263,7 +251,6 @@ def of_method(row):
 
 
 def test_methods_without_training():
-    lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
     found = {
         (
             row["checkpoint"].split()[0].strip(","),
@@ -271,7 +258,7 @@ def test_methods_without_training():
             row["method"],
             row["target"],
         ): row
-        for row in map(json.loads, lines)
+        for row in lines("compare")
         if row["checkpoint"].endswith("H200") and "score" in row
     }
     tasks = ("lines", "needles", "multikey_2", "words", "perplexity")
@@ -288,8 +275,7 @@ def test_methods_without_training():
 
 
 def test_questions_at_low_coverage():
-    lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["checkpoint"].endswith("H200")]
+    rows = [row for row in lines("compare") if row["checkpoint"].endswith("H200")]
     full = {(r["checkpoint"], r["task"]["name"]): r for r in rows if r["method"] == "full"}
     low = [r for r in rows if (r["method"], r["target"]) == ("dynamic", 0.9)]
     text = [r for r in low if "perplexity" in r["task"]["name"] and r["checkpoint"][0] == "e"]
@@ -307,62 +293,9 @@ def test_questions_at_low_coverage():
     assert f"at {least:.2f} to {most:.2f} of the pairs; perplexity rises by {more:.1f} %" in guide
 
 
-def trained(name, part):
-    """Rows of a part at the first seed, by method."""
-    lines = (ROOT / f"benchmarks/results/trained_{name}.jsonl").read_text(encoding="utf-8")
-    rows = [row for row in map(json.loads, lines.splitlines()) if row["part"] == part]
-    found = {}
-    for row in rows:
-        if row.get("seed") == 0:
-            found.setdefault(row["method"], []).append(row)
-    return found, [row for row in rows if "times" in row]
-
-
-def test_trained_from_scratch():
-    found = {
-        method.replace("-", "_"): min(rows, key=lambda row: row["valid_loss"])
-        for method, rows in trained("scaling", "10M")[0].items()
-    }
-    found = {method: f"{row['perplexity']['score']:.1f}" for method, row in found.items()}
-    said = (
-        "perplexity {mha} with full attention, {swa} with a sliding window, {nsa} with NSA, "
-        "{mla} with MLA and {dma} with DMA"
-    )
-    readme = README.replace("\n", " ")
-    assert said.format(**found) in readme
-    assert "; {dma_window} with [`DmaConfig(window=256)`]".format(**found) in readme
-    said = "perplexity {dma} against {mha} with full attention and {dma_window} with a `window`"
-    assert said.format(**found) in LIMITS
-    said = "{dma_window} with half of the keys nearest, {dma} without and {mha} with full attention"
-    guide = (ROOT / "docs/dma.md").read_text(encoding="utf-8").replace("\n", " ")
-    assert said.format(**found) in guide
-
-
-def test_associative_recall():
-    rows, (times,) = trained("mqar", "d128, 512 pairs")
-
-    def right(row):
-        return {at["length"]: 100 * at["accuracy"] for at in row["lengths"]}
-
-    best = {}
-    for method, runs in rows.items():
-        assert len(runs) == 4
-        best[method] = right(max(runs, key=lambda row: sum(right(row).values())))
-    found = {m: f"{at[2048]:.1f} / {at[8192]:.1f}" for m, at in best.items()}
-    said = (
-        "DMA answers {dma} %, NSA {nsa}, a sliding window {swa}, full attention {mha} and MLA {mla}"
-    )
-    readme = README.replace("\n", " ")
-    assert said.format(**found) in readme
-    (long,) = [at["seconds"] for at in times["times"] if at["length"] == 8192]
-    ratio = long["dma"]["median"] / long["mha"]["median"]
-    assert f"over rows of 8K takes {ratio:.2f} of full attention's time" in readme
-
-
 def compared():
     """Rows of the README's table of two more models, and the records that they are made of."""
-    lines = (ROOT / "benchmarks/results/compare.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["checkpoint"] in ("28M", "mha")]
+    rows = [row for row in lines("compare") if row["checkpoint"] in ("28M", "mha")]
     return {(r["task"]["name"], r["checkpoint"], r["method"]): r for r in rows if "score" in r}
 
 
