@@ -87,6 +87,7 @@ def quality_row(result: Result, mode: str, cost: Cost) -> QualityRow:
         impl=cost.impl,
         settings={**result.settings, "prompt_tokens": round(result.prompt_tokens)},
         decode=cost.decode,
+        metrics=dict(result.metrics),
     )
 
 

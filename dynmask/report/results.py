@@ -45,6 +45,8 @@ class QualityRow:
         impl: What ran the prefills' attention, with the number of calls.
         settings: What the task was run with.
         decode: Share of the causal pairs that decode steps looked at, where they chose their keys.
+        metrics: Further figures by name, as `dynmask eval` prints them: losses by position of
+            perplexity, shares of questions answered in full.
     """
 
     task: str
@@ -59,6 +61,7 @@ class QualityRow:
     impl: str
     settings: dict[str, Any] = field(default_factory=dict)
     decode: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,9 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "tuple[float, float]": _is_pair,
     "tuple[float, float] | None": lambda value: value is None or _is_pair(value),
     "dict[str, Any]": lambda value: isinstance(value, dict),
+    "dict[str, float]": lambda value: (
+        isinstance(value, dict) and all(map(_is_number, value.values()))
+    ),
 }
 
 

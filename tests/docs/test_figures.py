@@ -1,5 +1,7 @@
 """The tables of docs/ and the README say what the kept JSON says."""
 
+import math
+
 import pytest
 from kept_results import ROOT, cells, document, lines, text
 
@@ -272,6 +274,27 @@ def test_methods_without_training():
         target = {"full": 1.0, "dynamic": 0.9 if "0.9" in name else 0.985}.get(method, 0.1)
         assert values == [of_method(found.get((*c, method, target))) for c in columns]
     assert len(table) == 11
+
+
+BOOKS = {"books": "books kept from training", "pg19": "PG-19's test books"}
+PLACES = ("0-1K", "1K-2K", "2K-4K", "4K-8K")
+
+
+@pytest.mark.parametrize("name", ["embedded", "28M", "mha"])
+@pytest.mark.parametrize("books", BOOKS)
+def test_perplexity_by_position(books, name):
+    full, ours = (
+        document(f"perplexity_{books}_{name}_{mode}")["quality"][0] for mode in ("full", "dynamic")
+    )
+    assert full["n"] == ours["n"] == 24
+    more = 100 * (ours["score"] / full["score"] - 1)
+    by = [
+        100 * math.expm1(ours["metrics"][f"nll_{place}"] - full["metrics"][f"nll_{place}"])
+        for place in PLACES
+    ]
+    guide = (ROOT / "docs/guide/accelerate.md").read_text(encoding="utf-8")
+    said = f"| {BOOKS[books]}, `{name}` | {full['score']:.2f} | {ours['score']:.2f} ({more:+.1f} %)"
+    assert f"{said} | {ours['density']:.2f} | {' | '.join(f'{x:+.1f} %' for x in by)} |" in guide
 
 
 def test_questions_at_low_coverage():

@@ -19,7 +19,18 @@ EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'"
 @pytest.fixture
 def document():
     quality = QualityRow(
-        "task", "static", "accuracy", 0.5, (0.4, 0.6), 9, 0.1, 0.2, 1.5, "cpu", {"a": 1}
+        "task",
+        "static",
+        "accuracy",
+        0.5,
+        (0.4, 0.6),
+        9,
+        0.1,
+        0.2,
+        1.5,
+        "cpu",
+        {"a": 1},
+        metrics={"all found": 0.5},
     )
     full = QualityRow("task", "full", "accuracy", 0.6, None, 9, 1.0, 1.0, 1.5, "sdpa")
     speed = SpeedRow(
