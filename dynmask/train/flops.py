@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from dynmask.bench.environment import ceilings
 from dynmask.bench.timing import Clock
+from dynmask.dma.selection import keep_of
 
 
 def flops_per_token(model: PreTrainedModel, length: int) -> float | None:
@@ -48,9 +48,8 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float | None:
 
 def _mean_keys(length: int, keep: float | None) -> float:
     """Mean over rows ``i`` of ``min(i + 1, keep)``."""
-    if isinstance(keep, float):
-        keep = math.ceil(keep * length)
-    keep = length if keep is None else min(int(keep), length)
+    kept = keep_of(keep, 0, length)
+    keep = length if kept is None else min(kept, length)
     return (keep * (keep + 1) / 2 + (length - keep) * keep) / length
 
 

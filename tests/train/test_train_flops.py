@@ -34,6 +34,14 @@ def test_dma_counts_what_rows_keep(keep, same_as):
     assert flops_per_token(model, 128) == pytest.approx(6 * parameters + 12 * 2 * 8 * keys)
 
 
+def test_a_share_counts_as_the_layer_keeps():
+    """0.07 * 100 is a little over 7 in binary, and a row keeps 7."""
+    share, count = (
+        DmaForCausalLM(DmaConfig(**SHAPE, vocab_size=100, keep=keep)) for keep in (0.07, 7)
+    )
+    assert flops_per_token(share, 100) == flops_per_token(count, 100)
+
+
 def test_threshold_follows_the_content():
     model = DmaForCausalLM(DmaConfig(**SHAPE, vocab_size=100, threshold=0.5))
     assert flops_per_token(model, 64) is None
