@@ -170,8 +170,9 @@ class LeasedLayer(DynamicLayer):
         self.batch_select_indices(torch.arange(self._batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some batch rows."""
+        """Keep the batch rows at ``indices``, integers or bool ``[B]``."""
         if self._seen:
+            indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
             self.select(indices)
             self._batch = len(indices)
 
