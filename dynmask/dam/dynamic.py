@@ -14,8 +14,9 @@ from dynmask.dam.dynamic_gather import attend_gathered
 from dynmask.dam.dynamic_keys import Keys
 from dynmask.dam.dynamic_select import Choice, select
 from dynmask.dam.kernels import by_kernels
-from dynmask.ops import attention, choose
+from dynmask.ops import attention
 from dynmask.ops.arguments import check, wants_gradients
+from dynmask.ops.attention import resolve
 
 # Logits alive at once on a CPU, what fits its cache; elsewhere listed keys, few launches.
 _CPU_CELLS = 1 << 23
@@ -232,6 +233,5 @@ def _attend(
         return attend(q, k, v, bias, lists, tile=choice.tile, scale=scale), "triton"
     with clock:
         mask = choice.blocks(keys, last)
-    if impl == "auto":
-        impl = choose(q, k, v, mask, bias=bias)
+    impl = resolve(impl, q, k, v, mask, bias=bias)
     return attention(q, k, v, mask, bias=bias, scale=scale, impl=impl), impl

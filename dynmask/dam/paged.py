@@ -18,6 +18,7 @@ from dynmask.dam.static_keys import outlasts_inference_mode
 from dynmask.masks import Lifetimes
 from dynmask.masks.lifetimes import NEVER
 from dynmask.ops import attention, choose, supports
+from dynmask.ops.attention import resolve
 from dynmask.ops.reference import accumulation_dtype
 
 # Room for new tokens when the old is used up, as a part of the tokens there are.
@@ -144,8 +145,7 @@ class PagedKeys:
                 if real is None
                 else Lifetimes._trusted(torch.where(real, NEVER, 0).int()[:, None], None)
             )
-            if impl == "auto":
-                impl = choose(q, self.keys, self.values, mask)
+            impl = resolve(impl, q, self.keys, self.values, mask)
             out = attention(q, self.keys, self.values, mask, scale=scale, impl=impl)
             return Step(out, causal, None, impl)
         with nullcontext() if clock is None else clock, torch.no_grad():

@@ -83,7 +83,8 @@ def accelerate(
         policy: Another method instead, from ``dynmask.baselines``, for comparisons: in every call
             of every full causal layer, decode included. Without plan, coverage and dynamic. It
             remembers, for each thread, one sequence of calls (or batch of them).
-        impl: "auto", or a backend of ``dynmask.attention`` that must run every sparse layer.
+        impl: "auto", or a backend of ``dynmask.attention`` that must run every call of a sparse
+            layer that hides keys.
 
     Returns:
         The run.

@@ -18,7 +18,8 @@ from dynmask.hf.parallel import heads_here
 from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.tally import Sequences, Tally, kind_of
 from dynmask.masks import Stripes
-from dynmask.ops import attention, choose
+from dynmask.ops import attention
+from dynmask.ops.attention import resolve
 
 DENSE = "transformers sdpa"
 
@@ -252,9 +253,7 @@ def _attend(
         )
     _refuse_dropout(dropout)
     mask = attached.mask(slots, query.device)
-    impl = attached.impl
-    if impl == "auto":
-        impl = choose(query, key, value, mask)
+    impl = resolve(attached.impl, query, key, value, mask)
     out = attention(query, key, value, mask, scale=scaling, impl=impl)
     attached.tally.add(kind, impl)
     attached.count(kind, impl, _shape(kind, slots, query))

@@ -13,7 +13,8 @@ from dynmask.hf.keys import KeySlots
 from dynmask.hf.leased import Lease, LeasedLayer, as_kept, nbytes
 from dynmask.masks import Lifetimes
 from dynmask.masks.lifetimes import NEVER
-from dynmask.ops import attention, choose
+from dynmask.ops import attention
+from dynmask.ops.attention import resolve
 
 _ROOM = 128  # Slots that evicting frees at most: it is not worth doing for every token.
 SMALLEST = 2 * (SINKS + RECENT)
@@ -84,8 +85,7 @@ class CappedLayer(LeasedLayer):
         if not slots.whole:
             expiry = torch.where(self._filled(), NEVER, 0).int()[:, None]
             mask = Lifetimes._trusted(expiry, expiry.shape[2])
-        if impl == "auto":
-            impl = choose(query, self.keys, self.values, mask)
+        impl = resolve(impl, query, self.keys, self.values, mask)
         out = attention(query, self.keys, self.values, mask, scale=scale, impl=impl)
         return out, f"capped {impl}"
 

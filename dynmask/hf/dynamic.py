@@ -14,7 +14,8 @@ from dynmask.hf.keys import KeySlots, row_by_row
 from dynmask.hf.tally import Tally
 from dynmask.masks import Stripes
 from dynmask.masks.schedule import head_schedule
-from dynmask.ops import attention, choose
+from dynmask.ops import attention
+from dynmask.ops.attention import resolve
 
 
 class HeadStripes:
@@ -180,7 +181,7 @@ class LongCall:
         self, query: Tensor, key: Tensor, value: Tensor, heads: HeadStripes
     ) -> tuple[Tensor, str]:
         mask = heads.on(query.device)
-        impl = choose(query, key, value, mask) if self.impl == "auto" else self.impl
+        impl = resolve(self.impl, query, key, value, mask)
         out = attention(query, key, value, mask, scale=self.scale, impl=impl)
         length = key.shape[2]
         sequences = ((length - query.shape[2], length),) * len(query)

@@ -11,7 +11,8 @@ from dynmask.baselines import Policy, Selector
 from dynmask.hf.keys import KeySlots, row_by_row
 from dynmask.hf.tally import Tally
 from dynmask.masks import Lifetimes, Mask, Stripes
-from dynmask.ops import attention, choose
+from dynmask.ops import attention
+from dynmask.ops.attention import resolve
 
 
 class PolicyCalls:
@@ -83,7 +84,7 @@ class PolicyCalls:
             mask = self._selector(row).mask(query, key, scale=scale)
         if mask is not None:
             key, value = repeated(key, mask), repeated(value, mask)
-        impl = choose(query, key, value, mask) if self.impl == "auto" else self.impl
+        impl = resolve(self.impl, query, key, value, mask)
         out = attention(query, key, value, mask, scale=scale, impl=impl)
         self._count(kind, impl, mask, query, key.shape[2])
         return out, f"{self.policy.name} {impl}"

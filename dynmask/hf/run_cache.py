@@ -14,7 +14,8 @@ from dynmask.hf.dynamic import HeadStripes, Split
 from dynmask.hf.keys import KeySlots
 from dynmask.hf.leased import Lease, LeasedLayer, as_kept
 from dynmask.hf.tally import kind_of
-from dynmask.ops import attention, choose
+from dynmask.ops import attention
+from dynmask.ops.attention import resolve
 
 if TYPE_CHECKING:
     from dynmask.hf.attention import Attached
@@ -104,8 +105,7 @@ class RunLayer(LeasedLayer):
             mask = self._mixed.on(query.device)
             mask = mask if slots.padding is None else mask & slots.padding
             k, v = self._paged.keys, self._paged.values
-            if impl == "auto":
-                impl = choose(query, k, v, mask)
+            impl = resolve(impl, query, k, v, mask)
             return attention(query, k, v, mask, scale=scale, impl=impl), impl
         real = None if slots.whole else slots.visible
         tally, kind = self._attached.tally, kind_of(query.shape[2], slots.length)

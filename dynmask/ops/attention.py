@@ -210,3 +210,31 @@ def choose(
     if q.is_cuda and (mask is not None or bias is not None) and fits("triton"):
         return "triton"
     return "sdpa" if fits("sdpa") else "reference"
+
+
+def resolve(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    *,
+    bias: Tensor | None = None,
+) -> str:
+    """Name the backend that runs a call of a method that hides keys in some calls only.
+
+    Args:
+        impl: ``"auto"``, or the backend that must run the calls that hide keys. Those that hide
+            none (no mask) it runs too if it can: ``cpu`` and ``triton`` are for masks alone.
+        q: As in `attention`, and so are the other arguments.
+        k: See `attention`.
+        v: See `attention`.
+        mask: See `attention`.
+        bias: See `attention`.
+
+    Raises:
+        ValueError: If there is no such backend.
+    """
+    if impl == "auto" or (mask is None and supports(impl, q, k, v, mask, bias=bias) is not None):
+        return choose(q, k, v, mask, bias=bias)
+    return impl

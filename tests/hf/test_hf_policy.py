@@ -10,7 +10,7 @@ import torch
 from hf_models import make_model, make_plan, random_ids
 from transformers import DynamicCache
 
-from dynmask.baselines import Policy, Selector, SlidingWindow, StreamingLLM
+from dynmask.baselines import Policy, Selector, SlidingWindow, SnapKV, StreamingLLM
 from dynmask.hf import accelerate
 from dynmask.masks import Lifetimes
 from dynmask.masks.lifetimes import NEVER
@@ -58,6 +58,15 @@ def own_logits(model, ids, mask=None):
 def windowed(length, window, sinks):
     row, key = torch.arange(length)[:, None], torch.arange(length)
     return ((key <= row) & ((row - key < window) | (key < sinks)))[None, None]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_a_backend_for_masks_leaves_calls_without_one_to_others(impl):
+    model, ids = make_model("llama"), random_ids(1, 33)
+    expected = own_logits(model, ids)
+    with accelerate(model, policy=SnapKV(cap=20, window=4), impl=impl) as run:
+        torch.testing.assert_close(own_logits(model, ids), expected, **CLOSE)
+    assert run.stats()["impl"]["prefill"] == {"snapkv sdpa": 3}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -343,6 +343,39 @@ def test_values_that_learn_are_refused():
         model(random_ids(1, 9), past_key_values=run.cache())
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("cap", [None, 136])
+@pytest.mark.parametrize("mode", ["dynamic", "dense"])
+def test_a_backend_for_masks_leaves_calls_without_one_to_others(impl, cap, mode):
+    model = make_model("llama", num_hidden_layers=1)
+    plan, sizes = make_plan(model), [20, 1, 3] if cap is None else [20, 130, 1, 3]
+    ids = random_ids(1, sum(sizes))
+    settings = dataclasses.replace(DYNAMIC, coverage=1, shortest=1000)
+    with accelerate(model, plan, mode=mode, dynamic=settings) as run:
+        expected = steps(model, ids, run.cache(cap), sizes)
+    with accelerate(model, plan, mode=mode, dynamic=settings, impl=impl) as run:
+        found = steps(model, ids, run.cache(cap), sizes)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("cap", [None, 136])
+def test_batch_rows_are_kept_by_flags(cap):
+    model = make_model("llama")
+    ids = random_ids(3, 21)
+    with accelerate(model, dynamic=DYNAMIC) as run:
+        by_flag, by_number = run.cache(cap), run.cache(cap)
+        for cache, rows in (
+            (by_flag, torch.tensor([True, False, True])),
+            (by_number, torch.tensor([0, 2])),
+        ):
+            steps(model, ids[:, :20], cache, [20])
+            cache.batch_select_indices(rows)
+            cache.batch_repeat_interleave(2)
+        later = ids[:1, 20:].expand(4, -1)
+        found, expected = (steps(model, later, cache, [1]) for cache in (by_flag, by_number))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("cap", [None, 200])
 def test_layers_that_share_keys_are_refused(cap):
     model = make_model("llama")
