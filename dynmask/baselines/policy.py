@@ -10,6 +10,10 @@ from torch import Tensor
 
 from dynmask.masks import Mask
 
+# Places behind the first token that a generation may go back to. What a call leaves may be as large
+# as the keys so far, so that a state for every chunk would grow with the square of the length.
+_ENDS = 8
+
 
 class Policy(ABC):
     """A method and its settings: a frozen dataclass, shared by all layers of a model.
@@ -54,7 +58,7 @@ class Selector(ABC):
     Calls come in the order of a generation: a prefill, then chunks and single rows, each over all
     keys so far. What was chosen before may matter for what comes (evicted keys do not return), so
     each call goes on from the state that an earlier one left. A generation may go back to the end
-    of its last call or of any chunk (a cropped cache); other places have no state.
+    of its last call or of one of the last chunks (a cropped cache); other places have no state.
 
     Attributes:
         batched: Whether a mask can hold the choice of several batch rows; else each row is a call.
@@ -93,7 +97,8 @@ class Selector(ABC):
         row = q_len == 1
         if row and before[-1].row:
             del before[-1]  # A long generation must not keep the state of every row.
-        self._ends = [*before, _End(k_len, state, row=row)]
+        ends = [*before, _End(k_len, state, row=row)]
+        self._ends = [ends[0], *ends[1:][-_ENDS:]]
         return mask
 
     @abstractmethod

@@ -133,6 +133,20 @@ def test_rows_one_by_one_do_not_pile_up():
     assert set(run.stats()["density"]) >= {"prefill", "decode"}
 
 
+def test_chunks_do_not_pile_up_and_the_last_ones_can_be_gone_back_to():
+    model, ids = make_model("llama"), random_ids(1, 60)
+    with accelerate(model, policy=Marks()) as run, torch.no_grad():
+        expected = own_logits(model, ids)
+        cache = DynamicCache(config=model.config)
+        for part in ids.split(3, 1):
+            model(part, past_key_values=cache)
+        ends = run._attached[0].policy._selectors[None]._ends
+        assert [end.at for end in ends] == [0, *range(39, 61, 3)]
+        cache.crop(-6)
+        later = model(ids[:, 54:], past_key_values=cache).logits
+        torch.testing.assert_close(later, expected[:, 54:], **CLOSE)
+
+
 def test_gradients_reach_the_model():
     model = make_model("llama")
     with accelerate(model, policy=SlidingWindow(5)):
