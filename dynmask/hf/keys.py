@@ -19,6 +19,7 @@ class KeySlots(CallMask):
     Args:
         visible: ``[B, K]`` bool, True where slot j holds a real token. ``K`` counts every token so
             far, the queries' own included: the unused tail of a StaticCache is not in it.
+        host: The same on the CPU, if it is there; else it is copied.
 
     Attributes:
         visible: As given.
@@ -29,16 +30,24 @@ class KeySlots(CallMask):
 
     ndim = 2
 
-    def __init__(self, visible: Tensor):
+    def __init__(self, visible: Tensor, *, host: Tensor | None = None):
         super().__init__()
         self.visible = visible
         self.length = visible.shape[1]
         # One copy to the host for the whole forward pass: on a GPU each would wait for the device.
-        self.host = visible.cpu()
+        self.host = visible.cpu() if host is None else host
         self.whole = bool(self.host.all())
         self._padding: Padding | None = None
         self._dense: dict[int, Tensor] = {}
         self._sequences: dict[int, tuple[tuple[int, int], ...]] = {}
+
+    @classmethod
+    def all_real(cls, batch: int, length: int, device: Any) -> KeySlots:
+        """Return ``length`` slots that all hold real tokens, without a wait for the device."""
+        visible, host = (
+            torch.ones(batch, length, dtype=torch.bool, device=where) for where in (device, "cpu")
+        )
+        return cls(visible, host=host)
 
     def to(
         self, device: Any = None, dtype: torch.dtype | None = None, **options: Any
@@ -49,7 +58,7 @@ class KeySlots(CallMask):
             return visible
         if visible is self.visible:
             return self
-        copy = KeySlots(visible)
+        copy = KeySlots(visible, host=self.host)
         copy._runs = self._runs
         return copy
 
@@ -192,21 +201,17 @@ def key_mask(
         return OwnMask(mask)
     length = min(kv_length, int(q_offset) + q_length)
     if attention_mask is None:
-        visible = torch.ones(
-            batch_size, length, dtype=torch.bool, device=arguments.get("device", "cpu")
-        )
-    elif attention_mask.shape[1] < length:
+        return KeySlots.all_real(batch_size, length, arguments.get("device", "cpu"))
+    if attention_mask.shape[1] < length:
         raise ValueError(
             f"attention_mask covers {attention_mask.shape[1]} tokens of {length}: "
             "it must cover the cached tokens too"
         )
-    else:
-        visible = attention_mask[:, :length].bool().contiguous()
-    return KeySlots(visible)
+    return KeySlots(attention_mask[:, :length].bool().contiguous())
 
 
 def slots_of(mask: KeySlots | None, key: Tensor, length: int) -> KeySlots:
     """Return the key slots behind a mask; without one, ``length`` slots, all of them real."""
     if mask is not None:
         return mask
-    return KeySlots(torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device))
+    return KeySlots.all_real(key.shape[0], length, key.device)

@@ -15,7 +15,7 @@ from hf_models import (
     snapshot,
 )
 from transformers import DynamicCache, StaticCache
-from transformers.masking_utils import bidirectional_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from dynmask.dam.dynamic import Dynamic
 from dynmask.hf import accelerate
@@ -329,6 +329,23 @@ def test_bidirectional_model_is_refused(mode):
         pytest.raises(ValueError, match="not causal"),
     ):
         logits(model, random_ids(1, 12), use_cache=False)
+
+
+def test_without_padding_nobody_waits_for_the_device():
+    """Nothing can be read from the meta device."""
+    mask = key_mask(
+        batch_size=2,
+        q_length=3,
+        kv_length=7,
+        q_offset=4,
+        mask_function=causal_mask_function,
+        device="meta",
+    )
+    assert mask.visible.device.type == "meta"
+    assert mask.whole
+    assert mask.padding is None
+    assert mask.sequences(3) == ((4, 7), (4, 7))
+    assert mask.host.tolist() == [[True] * 7] * 2
 
 
 def test_mask_that_is_not_causal_is_never_left_out():
