@@ -44,22 +44,23 @@ class Keys:
         """Summarise every whole block of ``k [B, G, K, D]`` and ``v``; ``marks`` landmarks each."""
         batch, groups, k_len, _ = k.shape
         count = k_len // block
-        whole = k[:, :, : count * block].unflatten(2, (count, block))
         front = -(-count // tile) * tile
 
         find = by_kernels(k, "landmarks", cells=block * k.shape[3]) or landmarks
 
+        def in_blocks(source: Tensor) -> Tensor:
+            return source[:, :, : count * block].unflatten(2, (count, block))
+
         def with_summaries(source: Tensor) -> Tensor:
-            whole = source[:, :, : count * block].unflatten(2, (count, block))
             # Sums of half floats are taken in float32 by torch.
-            means = whole.mean(3)
+            means = in_blocks(source).mean(3)
             empty = source.new_zeros(batch, groups, front - count, source.shape[3])
             return torch.cat([means, empty, source], 2)
 
         bias = torch.zeros(front + k_len, dtype=accumulation_dtype(k.dtype), device=k.device)
         bias[:count] = math.log(block)
         return cls(
-            find(whole.detach(), marks)[0],
+            find(in_blocks(k).detach(), marks)[0],
             with_summaries(k),
             with_summaries(v),
             bias.expand(batch, groups, -1),

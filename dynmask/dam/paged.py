@@ -258,7 +258,7 @@ class PagedKeys:
     def _far(self) -> int:
         """Return how many blocks end ``near`` keys before the last token."""
         settings = self.settings
-        if settings is None or not self.tokens >= max(settings.shortest, 1):
+        if settings is None or self.tokens < max(settings.shortest, 1):
             return 0
         return max(0, self.tokens - 1 - settings.near) // settings.block
 
