@@ -97,8 +97,8 @@ class Selector(ABC):
         row = q_len == 1
         if row and before[-1].row:
             del before[-1]  # A long generation must not keep the state of every row.
-        ends = [*before, _End(k_len, state, row=row)]
-        self._ends = [ends[0], *ends[1:][-_ENDS:]]
+        start, *later = [*before, _End(k_len, state, row=row)]
+        self._ends = [start, *later[-_ENDS:]]
         return mask
 
     @abstractmethod
