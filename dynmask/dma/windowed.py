@@ -163,7 +163,7 @@ class WindowedKeys:
             self.near = self.near.each(lambda t: t.index_select(0, index.to(t.device)))
 
     def to(self, device: torch.device | str) -> None:
-        """Move the tensors; from or to the CPU without waiting, as caches are offloaded."""
+        """Move the tensors, as caches are offloaded; from the CPU without waiting."""
         if self.chosen is not None:
             self.chosen.to(device)
         if self.near is not None:

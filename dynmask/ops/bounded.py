@@ -223,8 +223,10 @@ class BoundedKeys:
         self._replace(lambda t: t.index_select(0, index))
 
     def to(self, device: torch.device | str) -> None:
-        """Move the tensors; from or to the CPU without waiting, as caches are offloaded."""
-        self._replace(lambda t: t.to(device, non_blocking=True))
+        """Move the tensors, as caches are offloaded; from the CPU without waiting."""
+        # What is on the CPU has arrived there.
+        there = torch.device(device).type != "cpu"
+        self._replace(lambda t: t.to(device, non_blocking=there))
 
     def _replace(self, function: Callable[[Tensor], Tensor]) -> None:
         with torch.inference_mode(False):
