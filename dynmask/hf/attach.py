@@ -91,16 +91,17 @@ def accelerate(
 
     Raises:
         ValueError: Mode or impl is unknown, or the mode needs a plan; coverage is out of range;
-            a policy stands beside a plan or settings of dynamic masks;
-            the plan is of another model; the model is accelerated already, or has no attention
-            layer that dynmask knows. Later, from the model's forward: packed documents, 4-d
-            attention masks, or attention arguments that dynmask does not know (attention sinks,
-            softcap), where a layer is not dense.
+            plan, dynamic or policy is of another type; a policy stands beside a plan or settings
+            of dynamic masks; the plan is of another model; the model is accelerated already, or has
+            no attention layer that dynmask knows. Later, from the model's forward: packed
+            documents, 4-d attention masks, or attention arguments that dynmask does not know
+            (attention sinks, softcap), where a layer is not dense.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; use one of {MODES}")
     if plan is None and mode == "static":
         raise ValueError('mode="static" needs a plan: make one with calibrate, or use "dynamic"')
+    _check_types(plan, dynamic, policy)
     if plan is not None and coverage is not None:
         plan = plan.with_coverage(coverage)
     if policy is not None:
@@ -146,7 +147,7 @@ class Run:
         for layer in layers:
             own = OWN_WINDOW if layer.own_window is not None else None
             stripes = _stripes(plan, layer, mode) if own is None else None
-            attached = Attached(layer, stripes, impl, self._tally, own)
+            attached = Attached(layer, stripes, impl, self._tally, own, self._lease)
             if own is None and policy is not None:
                 place = len(self._attached), len(layers)
                 attached.policy = PolicyCalls(policy, *place, impl=impl, tally=self._tally)
@@ -272,6 +273,25 @@ class Run:
             **self._tally.summary(),
             "mask_seconds": self._tally.mask_seconds,
         }
+
+
+def _check_types(plan: object, dynamic: object, policy: object) -> None:
+    """Refuse what a user may take for a plan, for settings or for a method."""
+    if plan is not None and not isinstance(plan, MaskPlan):
+        raise ValueError(
+            f"plan must be a MaskPlan, got {type(plan).__name__}: read a saved one with "
+            "MaskPlan.load(folder), or make one with calibrate"
+        )
+    if dynamic is not None and not isinstance(dynamic, Dynamic):
+        raise ValueError(
+            f"dynamic must be dynmask.dam.Dynamic(...), got {type(dynamic).__name__}; for the "
+            "quality alone give coverage"
+        )
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(
+            f"policy must be a method of dynmask.baselines, such as StreamingLLM(window=256), "
+            f"got {policy!r:.80}"
+        )
 
 
 def _check_plan(model: nn.Module, plan: MaskPlan, layers: list[compat.AttentionLayer]) -> None:

@@ -79,6 +79,21 @@ class LeasedLayer(DynamicLayer):
         setattr(keys, _LAYER, self)
         return keys
 
+    def check_run(self, lease: Lease) -> None:
+        """Refuse another run's model: what is kept follows from the masks of this one.
+
+        Args:
+            lease: Of the run that runs the model.
+
+        Raises:
+            ValueError: The cache is of another run.
+        """
+        if lease is not self._lease:
+            raise ValueError(
+                "this cache was made by the run of another model: make one with the cache() of "
+                "the run that accelerates this model"
+            )
+
     def check(self, slots: KeySlots) -> None:
         """Refuse to go on where layers have seen different tokens.
 

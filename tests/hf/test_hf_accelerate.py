@@ -251,6 +251,13 @@ def test_refusals():
         accelerate(model, plan, impl="fast")
     with pytest.raises(ValueError, match="no attention layer"):
         accelerate(torch.nn.Linear(2, 2), plan)
+    for more, match in (
+        ({"plan": "my-plan"}, r"got str: .*MaskPlan\.load"),
+        ({"dynamic": {"coverage": 0.9}}, "got dict; .*coverage"),
+        ({"policy": "streaming"}, "policy must be .* got 'streaming'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            accelerate(model, **more)
     assert snapshot(model) == before
     with accelerate(model, plan):
         inside = snapshot(model)

@@ -382,3 +382,12 @@ def test_layers_that_share_keys_are_refused(cap):
     model.config.num_kv_shared_layers = 1
     with accelerate(model) as run, pytest.raises(ValueError, match="share their keys"):
         run.cache(cap)
+
+
+@pytest.mark.parametrize("cap", [None, 200])
+def test_a_cache_of_another_run_is_refused(cap):
+    model, other = make_model("llama"), make_model("llama", seed=1)
+    with accelerate(model, make_plan(model), mode="static") as run, accelerate(other):
+        cache = run.cache(cap)
+        with torch.no_grad(), pytest.raises(ValueError, match="the run of another model"):
+            other(random_ids(1, 9), past_key_values=cache)
