@@ -159,6 +159,8 @@ class Lifetimes:
         Source: selection of DMA, arXiv 2508.02124, section 3.2.
         """
         _check_score(score)
+        if not isinstance(keep, int):
+            raise ValueError(f"keep={keep!r} must be an integer, a number of keys")
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
         if isinstance(documents, Tensor):

@@ -15,6 +15,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Tensor | Non
         ValueError: Naming the argument and the fix.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}")
         if value.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, D], got {list(value.shape)}")
         if value.dtype != q.dtype or value.device != q.device:

@@ -204,7 +204,7 @@ def choose(
     def fits(impl: str) -> bool:
         return supports(impl, q, k, v, mask, bias=bias, return_lse=return_lse) is None
 
-    if mask is not None and fits("cpu") and cpu.pays(q, k, mask):
+    if mask is not None and q.numel() and fits("cpu") and cpu.pays(q, k, mask):
         return "cpu"
     # With neither mask nor bias torch's causal kernels are the best there are.
     if q.is_cuda and (mask is not None or bias is not None) and fits("triton"):

@@ -78,6 +78,8 @@ class BoundedKeys:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        if not isinstance(keep, int):
+            raise ValueError(f"keep={keep!r} must be an integer, a number of keys")
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
         self.keep = keep

@@ -353,6 +353,7 @@ def top_of_two(**more) -> Lifetimes:  # type: ignore[no-untyped-def]
         (lambda: Lifetimes(torch.zeros(2, 3, dtype=torch.int32)), "expiry must be"),
         (lambda: Lifetimes(torch.zeros(1, 2, 3)), "expiry must be"),
         (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=0), "keep=0"),
+        (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=1.5), "keep=1.5 must be an integer"),  # type: ignore[arg-type]
         (lambda: Lifetimes.top(torch.zeros(4), keep=1), "score must be"),
         (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=1, offset=5), "offset=5 .* K=4"),
         (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=9, offset=-1), "offset=-1"),
@@ -369,7 +370,7 @@ def top_of_two(**more) -> Lifetimes:  # type: ignore[no-untyped-def]
         (lambda: top_of_two() & Padding(*torch.zeros(2, 3).long()), "padding has 3 rows"),
         (lambda: top_of_two() & Documents(torch.zeros(3, 4).long()), r"\[3, 4\]"),
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_bad_input_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):

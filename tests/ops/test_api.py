@@ -24,6 +24,7 @@ GOOD = zeros(1, 4, 8, 16)
     ("q", "k", "v", "more", "match"),
     [
         (zeros(4, 8, 16), GOOD, GOOD, {}, "q must be"),
+        (GOOD, GOOD.numpy(), GOOD, {}, "k must be a torch tensor"),
         (GOOD, GOOD.double(), GOOD, {}, "k is torch.float64"),
         (GOOD.int(), GOOD.int(), GOOD.int(), {}, "float16"),
         (GOOD, GOOD, zeros(1, 4, 8, 32), {}, "one shape"),
@@ -48,7 +49,7 @@ GOOD = zeros(1, 4, 8, 16)
         (GOOD, GOOD, GOOD, {"impl": "cpu"}, "without a mask"),
         (GOOD, GOOD, GOOD, {"impl": "sdpa", "return_lse": True}, "log-sum-exp"),
     ],
-    ids=range(24),
+    ids=range(25),
 )
 def test_mistakes_are_named(q, k, v, more, match):
     with pytest.raises(ValueError, match=match):
@@ -70,6 +71,13 @@ def test_no_rows_give_no_rows():
         out, lse = attention(q, keys, keys, return_lse=True)
         assert out.shape == (1, 4, 0, 16)
         assert lse.shape == (1, 4, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_an_empty_batch_gives_an_empty_batch(rows):
+    q, k = zeros(0, 4, rows, 16), zeros(0, 2, 8, 16)
+    for mask in (None, Stripes.causal(4), Lifetimes.top(zeros(0, 2, 8), keep=3)):
+        assert attention(q, k, k, mask).shape == q.shape
 
 
 def test_an_explicit_choice_never_falls_back():

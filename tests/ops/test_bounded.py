@@ -380,6 +380,8 @@ def test_wrong_use_is_refused():
     k, v = tokens(score)
     with pytest.raises(ValueError, match="at least 1"):
         state_of(0, score)
+    with pytest.raises(ValueError, match=r"keep=0\.5 must be an integer"):
+        state_of(0.5, score)
     with pytest.raises(ValueError, match=r"must be \[2, 2, 1, 3\]"):
         state_of(4, score).insert(k, v, score)
     one, real = (k[:, :, :1], v[:, :, :1], score[:, :, :1]), torch.ones(B, 1, dtype=torch.bool)
