@@ -197,8 +197,8 @@ def _add_pairs(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 def _mode(arguments: argparse.Namespace) -> str:
     mode = arguments.mode or ("auto" if arguments.plan else "full")
-    if mode in ("static", "dense") and not arguments.plan:
-        raise ValueError(f"--mode {mode} needs --plan FOLDER; --mode dynamic runs without one")
+    if mode == "static" and not arguments.plan:
+        raise ValueError("--mode static needs --plan FOLDER; --mode dynamic runs without one")
     if mode == "full" and arguments.plan:
         raise ValueError("--mode full runs without a plan; leave --plan out, or use --mode dense")
     if mode == "full" and getattr(arguments, "max_cache_tokens", None) is not None:

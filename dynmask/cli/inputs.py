@@ -104,6 +104,13 @@ def _from_transformers(name: str, dtype: Any) -> tuple[Any, Any]:
             f"--model {name}: transformers cannot load it as a causal language model with its "
             f"tokenizer ({reason})"
         ) from error
+    # Of a folder without the tokenizer's files transformers may make a tokenizer without a
+    # vocabulary, which turns any text into nothing.
+    if not tokenizer("A line of text.", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"--model {name}: its tokenizer makes no tokens of text; save the model's own "
+            "tokenizer beside it: tokenizer.save_pretrained(folder)"
+        )
     return model, tokenizer
 
 
@@ -168,7 +175,7 @@ def _record(path: Path, number: int, line: str) -> str:
 
 
 def check_writable(path: str | os.PathLike[str], *, option: str = "--out") -> Path:
-    """Check that a file or folder can be made at `path`, before any work is done for it.
+    """Check that a file can be made at `path`, before any work is done for it.
 
     Creates the parent folders. Returns the path.
 
@@ -176,6 +183,8 @@ def check_writable(path: str | os.PathLike[str], *, option: str = "--out") -> Pa
         ValueError: It cannot; the message names the option.
     """
     target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{option} {target}: is a folder; name a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".dynmask-"):
