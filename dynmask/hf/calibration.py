@@ -155,7 +155,8 @@ def calibrate(
     if data["holdout_length"] <= capture_length != limit:
         _log.warning(
             "no held-out text is longer than capture_length=%d tokens, so what the masks keep on "
-            "longer inputs is not measured: give longer texts, or lower capture_length",
+            "longer inputs is not measured: give longer texts, raise coverage_length, or lower "
+            "capture_length",
             capture_length,
         )
     work = _Work(work_folder, fingerprint(model), settings, data)
