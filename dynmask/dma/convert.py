@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,6 +180,9 @@ def from_pretrained_dense(
 
 def _config_of(model: PreTrainedModel | str | PathLike[str]) -> PreTrainedConfig:
     if not isinstance(model, PreTrainedModel):
+        # transformers would look for it on the hub, and speak of repository names.
+        if str(model).startswith((".", "/", "~")) and not Path(model).is_dir():
+            raise ValueError(f"model: there is no folder {model}")
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     if model.get_output_embeddings() is None:
         raise ValueError(

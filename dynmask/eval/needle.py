@@ -248,6 +248,8 @@ def needle(
 
 def running_text(texts: Sequence[str], rng: random.Random) -> str:
     """All texts end to end, turned so that it starts after a random sentence."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of texts, got one string: give [text]")
     if not any(text.strip() for text in texts):
         raise ValueError("texts is empty: give at least one text to cut haystacks from")
     first = rng.randrange(len(texts))

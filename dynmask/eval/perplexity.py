@@ -69,6 +69,8 @@ def make_windows(
         raise ValueError(
             f"length={length} must be at least 2 and more than the {len(special)} special tokens"
         )
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of texts, got one string: give [text]")
     tokens = [encode(tokenizer, text) for text in texts]
     longest = max(map(len, tokens), default=0)
     if longest < step:

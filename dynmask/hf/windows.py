@@ -80,8 +80,13 @@ def read(tokenizer: Any, texts: Sequence[str] | Sequence[Sequence[int]]) -> list
     Raises:
         ValueError: If there is no text, or one is of the wrong type.
     """
-    if isinstance(texts, str) or len(texts) == 0:
+    if texts is None or isinstance(texts, str) or len(texts) == 0:
         raise ValueError("texts must be a list of at least one calibration text")
+    if tokenizer is not None and not callable(tokenizer):
+        raise ValueError(
+            f"tokenizer must be a loaded one, got {type(tokenizer).__name__}: "
+            "AutoTokenizer.from_pretrained(name)"
+        )
     return [_read_one(tokenizer, text, place) for place, text in enumerate(texts)]
 
 

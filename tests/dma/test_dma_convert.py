@@ -144,3 +144,8 @@ def test_bad_input(family, changes, options, message):
     model = getattr(transformers, f"{family}ForCausalLM")(shape)
     with pytest.raises(ValueError, match=message):
         from_pretrained_dense(model, **{"keep": 4, **options})
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*absent"):
+        from_pretrained_dense(tmp_path / "absent", keep=4)

@@ -124,8 +124,9 @@ def test_end_to_end_is_deterministic(llama, tokenizer, book):
         ({"texts": ["It was a cold day."]}, "give more text"),
         ({"texts": []}, "texts is empty"),
         ({"texts": [" "]}, "texts is empty"),
+        ({"texts": "It was a cold day. " * 3000}, "one string"),
     ],
-    ids=["n", "needles", "length", "context", "room", "form", "short", "no-texts", "blank"],
+    ids=["n", "needles", "length", "context", "room", "form", "short", "no-texts", "blank", "one"],
 )
 def test_impossible_settings(llama, tokenizer, book, settings, message):
     texts = settings.pop("texts", book)

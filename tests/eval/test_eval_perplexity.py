@@ -213,9 +213,10 @@ def test_windows_start_with_the_special_tokens(bos_tokenizer, book):
         ({"length": 100, "bucket": 0}, "bucket=0"),
         ({"texts": ["It was a cold day."]}, "too short"),
         ({"texts": []}, "too short"),
+        ({"texts": "It was a cold day. " * 3000, "length": 2}, "one string"),
         ({"length": 2, "texts": ["\n\n\n\n\n\n"]}, "no words"),
     ],
-    ids=["one", "context", "no-window", "windows", "bucket", "short", "no-texts", "blank"],
+    ids=["one", "context", "no-window", "windows", "bucket", "short", "none", "one-text", "blank"],
 )
 def test_impossible_settings(llama, tokenizer, book, settings, message):
     texts = settings.pop("texts", book)

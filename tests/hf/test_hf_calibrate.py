@@ -238,6 +238,7 @@ def test_damaged_work_folder_is_calibrated_again(tmp_path, caplog):
     ("given", "change", "message"),
     [
         ([], {}, "at least one calibration text"),
+        (None, {}, "at least one calibration text"),
         ("a string", {}, "must be a list"),
         ([[], []], {}, "all empty"),
         ([[5] * 9, [6] * 9], {}, "longest has 9 tokens"),
@@ -300,3 +301,8 @@ def test_unwritable_work_folder_fails_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
         calibrate(make_model("llama"), None, texts(), work_folder=tmp_path / "file", **SETTINGS)
+
+
+def test_a_name_is_no_tokenizer():
+    with pytest.raises(ValueError, match=r"tokenizer must be a loaded one, got str: AutoTokenizer"):
+        calibrate(make_model("llama"), "gpt2", ["a text"], **SETTINGS)
