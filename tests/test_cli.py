@@ -187,6 +187,18 @@ def test_eval_every_task_in_every_mode(capsys, tmp_path, model, plan, task, mode
         assert row["density"] < 1
 
 
+def test_density_of_a_dma_model_comes_with_a_note(capsys, tmp_path):
+    from dynmask import DmaConfig, DmaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "keep": 8}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 257}
+    DmaForCausalLM(DmaConfig(**shape)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    words = ["eval", "perplexity", "--model", str(tmp_path), "--length", "64", "--windows", "1"]
+    assert main(words) == OK
+    assert "DMA model leaves out by itself" in " ".join(capsys.readouterr().out.split())
+
+
 def test_dense_mode_gives_the_full_score(capsys, tmp_path, model, plan):
     text = tmp_path / "text.txt"
     text.write_text(WORDS * 10)

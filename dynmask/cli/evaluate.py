@@ -133,6 +133,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     print_results(output, results)
     if row.density == 1 and mode in ("dynamic", "auto"):
         output.say("note: nothing was left out; prompts this short run dense in this mode")
+    if mode == "full" and loaded.model.config.model_type == "dma":
+        output.say("note: density does not count what a DMA model leaves out by itself")
     if row.decode is not None:
         output.say(f"decode steps: density {100 * row.decode:.1f} %", style="dim")
     for name, value in result.metrics.items():
