@@ -39,6 +39,9 @@ PUBLIC = {
     "dynmask.eval": """
         Part Result TABLE_HEAD is_eval_word keyvalue longeval needle perplexity recall ruler wilson
     """,
+    "dynmask.report": """
+        QualityRow Results SpeedRow build_page merge
+    """,
 }
 each_module = pytest.mark.parametrize("name", PUBLIC)
 

@@ -22,6 +22,7 @@ PAGES = {
     "LOG.md": "project/log.md",
     "DESIGN.md": "project/design.md",
     "CONTRIBUTING.md": "project/contributing.md",
+    "SECURITY.md": "project/security.md",
     "benchmarks/README.md": "results/repeat.md",
 }
 #: Copied as they are, to files/.

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 PACKAGE = Path(__file__).parents[2] / "dynmask"
 #: Public packages in the order of the pages; dynmask's own names come first.
-PACKAGES = ("masks", "ops", "dam", "hf", "dma", "baselines", "assets", "eval")
+PACKAGES = ("masks", "ops", "dam", "hf", "dma", "baselines", "assets", "eval", "report")
 
 
 def names_of(package: str) -> list[str]:

@@ -20,6 +20,11 @@ ROOT = Path(__file__).parents[2]
 # What needs a training run is run beside the tests of training, in small.
 ELSEWHERE = {"train.md": "tests/train/test_train_docs.py"}
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+# The other texts of the checkout; the README's Python blocks run in tests/test_readme.py.
+BESIDE = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks/README.md", ROOT / "examples/README.md"]
+each_text = pytest.mark.parametrize(
+    "page", [*PAGES, *BESIDE], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda p: p.relative_to(ROOT / "docs").as_posix()
 )
@@ -78,7 +83,7 @@ def test_stated_output_is_found():
     assert stated_output(block) == ["1", "2"]
 
 
-@each_page
+@each_text
 def test_commands_parse(page):
     for words in commands_of(page):
         assert build_parser(words).parse_args(words).command == words[0]
@@ -89,7 +94,7 @@ def test_commands_are_found():
     assert len(commands_of(ROOT / "docs" / "guide" / "evaluate.md")) > 5
 
 
-@each_page
+@each_text
 def test_links_lead_somewhere(page):
     """To a file of the checkout; the built site's test sees those to pages that it makes."""
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import html
-import os
 import posixpath
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -39,18 +36,6 @@ class Page(HTMLParser):
             self.loads.append(given.get("href", ""))
         elif given.get("src"):
             self.loads.append(given["src"])
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("site")
-    # With --quiet warnings are dropped before they are counted, and --strict does nothing.
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    plain = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
-    return folder
 
 
 def test_make_builds_it_strictly():
