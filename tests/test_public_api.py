@@ -30,8 +30,8 @@ PUBLIC = {
         Run accelerate calibrate check_fingerprint fingerprint
     """,
     "dynmask.dma": """
-        DmaConfig DmaForCausalLM DmaModel DynamicMaskAttention LifetimeCache from_doge
-        from_pretrained_dense
+        DmaConfig DmaForCausalLM DmaModel DynamicMaskAttention LifetimeCache context_prefill
+        from_doge from_pretrained_dense
     """,
     "dynmask.assets": """
         TEXTS load_model load_texts load_tokenizer model_folder

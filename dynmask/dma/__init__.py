@@ -11,6 +11,7 @@ from dynmask.dma.configuration import DmaConfig
 from dynmask.dma.convert import from_doge, from_pretrained_dense
 from dynmask.dma.layer import DynamicMaskAttention
 from dynmask.dma.modeling import DmaForCausalLM, DmaModel
+from dynmask.dma.parallel import context_prefill
 
 __all__ = [
     "DmaConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "DmaModel",
     "DynamicMaskAttention",
     "LifetimeCache",
+    "context_prefill",
     "from_doge",
     "from_pretrained_dense",
 ]

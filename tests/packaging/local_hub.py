@@ -14,6 +14,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+REPO = r"([\w-]+/[\w-]+)"
 REVISION = r"main|[0-9a-f]{40}"
 
 
@@ -41,11 +42,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
-        if found := re.fullmatch(rf"/api/models/(\w+/\w+)(?:/revision/(?:{REVISION}))?", path):
+        if found := re.fullmatch(rf"/api/models/{REPO}(?:/revision/(?:{REVISION}))?", path):
             return self.info(found[1])
-        if found := re.fullmatch(rf"/api/models/(\w+/\w+)/tree/(?:{REVISION})(?:/(.*))?", path):
+        if found := re.fullmatch(rf"/api/models/{REPO}/tree/(?:{REVISION})(?:/(.*))?", path):
             return self.tree(found[1], found[2])
-        if found := re.fullmatch(rf"/(\w+/\w+)/resolve/(?:{REVISION})/(.+)", path):
+        if found := re.fullmatch(rf"/{REPO}/resolve/(?:{REVISION})/(.+)", path):
             return self.file(found[1], found[2])
         return self.reply(404)
 
@@ -94,13 +95,13 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(200, {"url": f"http://{self.headers['Host']}/{repo}"})
         if path == "/api/validate-yaml":
             return self.reply(200, {"errors": [], "warnings": []})
-        if found := re.fullmatch(r"/api/models/(\w+/\w+)/preupload/main", path):
+        if found := re.fullmatch(rf"/api/models/{REPO}/preupload/main", path):
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
                 for f in json.loads(sent)["files"]
             ]
             return self.reply(200, {"files": files})
-        if found := re.fullmatch(r"/api/models/(\w+/\w+)/commit/main", path):
+        if found := re.fullmatch(rf"/api/models/{REPO}/commit/main", path):
             for line in map(json.loads, sent.splitlines()):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from local_hub import serving
 
 from dynmask import MaskPlan
 
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "ecosystem.md"
 COMMON = """
 import json, torch, transformers
 import dynmask.dma  # makes DMA checkpoints known to transformers
@@ -68,6 +70,12 @@ print(json.dumps({
     "plan": folder,
 }))
 """
+SHOWN = """
+model, made = dma, plan
+plan.save("my-plan")
+{block}
+print(json.dumps(plan.inspect() == made.inspect()))
+"""
 RIGHT = {
     "kind": "DmaForCausalLM",
     "keep": 16,
@@ -124,6 +132,13 @@ def test_pushed_models_and_plans_load_by_name(hub):
     assert json.loads(repos["acme/dma"]["config.json"])["model_type"] == "dma"
     kinds = sorted(name.rpartition(".")[2] for name in repos["acme/plan"])
     assert kinds == ["json", "safetensors"]
+
+
+def test_the_guide_shows_what_works(tmp_path):
+    (block,) = re.findall(r"^```py\n(.*?)^```$", GUIDE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    with serving(repos := {}) as address:
+        assert run(PUSH + SHOWN.format(block=block), tmp_path, HF_ENDPOINT=address) is True
+    assert {"me/my-dma", "me/my-plan"} <= repos.keys()
 
 
 def test_they_load_from_the_cache_without_a_hub(hub):
