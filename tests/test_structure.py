@@ -84,6 +84,17 @@ def test_design_states_the_same_order():
     assert " <- ".join(LAYERS) in design.read_text(encoding="utf-8")
 
 
+def test_the_map_has_a_line_for_every_folder():
+    design = (ROOT.parent / "DESIGN.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in design.splitlines() if line.startswith("| `")}
+    assert list(rows) == [f"dynmask/{layer}" for layer in LAYERS]
+    for folder in sorted(path for path in ROOT.glob("*/*/") if path.name != "__pycache__"):
+        assert f"`{folder.name}/`" in rows[f"dynmask/{folder.parent.name}"], folder
+    beside = design.split("Beside the package:")[1].split("\n\n")[0]
+    for folder in ("tests", "fuzz", "benchmarks", "examples", "docs"):
+        assert f"`{folder}/`" in beside
+
+
 @each_file
 def test_imports_run_one_way(path):
     if layer_of(path) is not None:
