@@ -122,7 +122,8 @@ def _checked_type(name: str, value: Any, kind: str) -> Any:
     # bool is an int in Python, and never a meaningful setting here.
     allowed = {"int": (int,), "float": (int, float), "str": (str,)}[kind]
     if isinstance(value, bool) or not isinstance(value, allowed):
-        raise ValueError(f"{name}={value!r} must be a {kind}, not {type(value).__name__}")
+        article = "an" if kind == "int" else "a"
+        raise ValueError(f"{name}={value!r} must be {article} {kind}, not {type(value).__name__}")
     try:
         return float(value) if kind == "float" else value
     except OverflowError as error:

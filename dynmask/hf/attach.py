@@ -134,6 +134,11 @@ class Run:
             raise ValueError(f"impl={impl!r} is unknown; use one of {['auto', *BACKENDS]}")
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a loaded model, got {type(model).__name__}")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"model {type(model).__name__} is an encoder-decoder; accelerate takes causal "
+                "language models that are a decoder alone"
+            )
         compat.refuse_attached(model)
         layers = compat.attention_layers(model)
         if plan is not None:

@@ -9,7 +9,7 @@ from dynmask.dam import AMPLIFIERS, Settings
 BAD = {
     "capture_length-small": ({"capture_length": 1}, "capture_length=1"),
     "capture_length-large": ({"capture_length": 10**9}, "capture_length=1000000000"),
-    "capture_length-float": ({"capture_length": 512.0}, "capture_length=512.0 must be a int"),
+    "capture_length-float": ({"capture_length": 512.0}, "capture_length=512.0 must be an int"),
     "capture_length-bool": ({"capture_length": True}, "capture_length=True"),
     "amplify": ({"amplify": "boxcox"}, "amplify='boxcox' is unknown.*box-cox"),
     "lam-negative": ({"lam": -0.5}, "lam=-0.5"),
@@ -33,7 +33,7 @@ BAD = {
     "coverage-zero": ({"coverage": 0}, "coverage=0.0"),
     "coverage-large": ({"coverage": 95}, "coverage=95.0"),
     "coverage_length-small": ({"coverage_length": 1}, "coverage_length=1"),
-    "coverage_length-float": ({"coverage_length": 4e3}, "coverage_length=4000.0 must be a int"),
+    "coverage_length-float": ({"coverage_length": 4e3}, "coverage_length=4000.0 must be an int"),
     "holdout-zero": ({"holdout": 0.0}, "holdout=0.0"),
     "holdout-one": ({"holdout": 1.0}, "holdout=1.0"),
     "seed": ({"seed": -1}, "seed=-1"),

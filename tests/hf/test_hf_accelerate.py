@@ -14,7 +14,7 @@ from hf_models import (
     random_ids,
     snapshot,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from dynmask.dam.dynamic import Dynamic
@@ -382,6 +382,13 @@ def test_masks_that_cannot_be_honoured():
         found = logits(model, ids, holes)
     expected = logits(model, ids, holes)
     torch.testing.assert_close(found[holes.bool()], expected[holes.bool()], **CLOSE)
+
+
+def test_an_encoder_decoder_is_refused():
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1}
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        accelerate(model)
 
 
 def test_softcap_and_dropout_are_refused():
