@@ -276,6 +276,17 @@ def test_methods_without_training():
     assert len(table) == 11
 
 
+@pytest.mark.parametrize("kind", ["multiquery", "multivalue"])
+def test_decoded_answers_of_ruler(kind):
+    full, ours = (
+        document(f"ruler_28M_{kind}_{mode}")["quality"][0] for mode in ("full", "dynamic")
+    )
+    assert full["n"] == ours["n"] == 500
+    said = f"{100 * full['score']:.1f} % | {100 * ours['score']:.1f} % at {ours['density']:.2f}"
+    assert f"| {kind} 8K, decoded | {said} |" in README
+    assert f"whose steps see {ours['decode']:.2f} of the keys" in README
+
+
 BOOKS = {"books": "books kept from training", "pg19": "PG-19's test books"}
 PLACES = ("0-1K", "1K-2K", "2K-4K", "4K-8K")
 

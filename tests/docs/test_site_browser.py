@@ -77,5 +77,8 @@ def test_colours_follow_the_system(visit, dark):
 def test_search_finds_in_files(visit):
     page = visit("guide/op", width=1280)
     page.click("[data-md-component=search-query]")
+    # What is typed before the index is there may be lost.
+    page.until("document.querySelector('.md-search-result__meta').textContent.includes('Type')")
     page.send("Input.insertText", text="compute-sanitizer")
+    page.press("End")  # The search listens to keys.
     page.until("!!document.querySelector('.md-search-result__link[href*=reliability]')")
