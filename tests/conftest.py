@@ -67,3 +67,19 @@ def poisoned():
         warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
         yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium; where it must be (CI) and is not, the test fails."""
+    from chromium import Browser, find
+
+    path = find()
+    if path is None:
+        message = "headless Chromium is missing: apt-get install -y chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    started = Browser(path, tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()

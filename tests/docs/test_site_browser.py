@@ -1,9 +1,6 @@
 """The built site in headless Chromium, as files: at two widths, in both colours, and its search."""
 
-import os
-
 import pytest
-from chromium import Browser, find
 
 pytestmark = pytest.mark.browser
 
@@ -21,19 +18,6 @@ STICKING_OUT = """[...document.querySelectorAll("article *")].filter((e) =>
   && !e.closest(".md-typeset__scrollwrap, pre, .formula")
 ).map((e) => e.tagName + " " + e.textContent.slice(0, 40))"""
 SCHEME = "document.body.getAttribute('data-md-color-scheme')"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    path = find()
-    if path is None:
-        message = "headless Chromium is missing: apt-get install -y chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    started = Browser(path, tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
 
 
 @pytest.fixture

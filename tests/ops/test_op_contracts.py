@@ -15,7 +15,7 @@ from attention_cases import (
     stripes,
     tensors,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,7 +23,6 @@ from dynmask.dma.selection import select
 from dynmask.dma.slots import Slots
 from dynmask.masks import Blocks, Documents, Lifetimes, Stripes
 from dynmask.ops import BoundedKeys, attention, supports
-from dynmask.ops.attention import BACKENDS
 
 IMPLS = ["reference", "sdpa", "cpu", "triton"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,8 +89,7 @@ def test_the_mask_it_was_given_and_no_other(impl, call, device):
     """1, 2, 4, 6: the pairs meant, empty rows 0, any shape, error of eager's size."""
     q, k, v, mask = (x.to(device) for x in call.given)
     bias = None if call.bias is None else call.bias.to(device)
-    if supports(impl, q, k, v, mask, bias=bias) is not None:
-        return
+    assume(supports(impl, q, k, v, mask, bias=bias) is None)
     out = attention(q, k, v, mask, bias=bias, impl=impl).cpu()
     truth = naive_attention(call.q, call.k, call.v, call.seen, call.bias)
     eager = naive_attention(call.q, call.k, call.v, call.seen, call.bias, dtype=call.q.dtype)
@@ -109,34 +107,39 @@ def test_the_mask_it_was_given_and_no_other(impl, call, device):
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @given(call=calls(dtypes=("fp32",)))
+@few
+def test_empty_rows_have_no_lse(impl, call, device):
+    """2: lse is -inf where a row sees nothing, and there alone."""
+    q, k, v, mask = (x.to(device) for x in call.given)
+    assume(supports(impl, q, k, v, mask, return_lse=True) is None)
+    _, lse = attention(q, k, v, mask, impl=impl, return_lse=True)
+    assert torch.equal(lse.cpu().isneginf(), ~call.seen.any(-1))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@given(call=calls(dtypes=("fp32",)))
 @settings(max_examples=8)  # Backward in the interpreter takes seconds.
-def test_empty_rows_have_no_lse_and_no_gradient(impl, call, device):
-    """2: lse -inf and gradients 0, never NaN."""
+def test_empty_rows_have_no_gradient(impl, call, device):
+    """2: gradients are 0 where nothing is seen, never NaN."""
     q, k, v = (x.to(device).requires_grad_() for x in (call.q, call.k, call.v))
     mask = call.mask.to(device)
-    empty = ~call.seen.any(-1)
-    if supports(impl, q, k, v, mask, return_lse=True) is None:
-        _, lse = attention(q, k, v, mask, impl=impl, return_lse=True)
-        assert torch.equal(lse.cpu().isneginf(), empty)
-    if supports(impl, q, k, v, mask) is not None:
-        return
+    assume(supports(impl, q, k, v, mask) is None)
     attention(q, k, v, mask, impl=impl).sum().backward()
     for x in (q, k, v):
         assert x.grad.isfinite().all()
-    assert (q.grad.cpu()[empty] == 0).all()
+    assert (q.grad.cpu()[~call.seen.any(-1)] == 0).all()
     unseen = ~call.seen.any(2).unflatten(1, (call.k.shape[1], -1)).any(2)
     assert (v.grad.cpu()[unseen] == 0).all()
 
 
-@pytest.mark.parametrize("impl", sorted(BACKENDS))
+@pytest.mark.parametrize("impl", ["cpu", "sdpa", "triton"])  # Others run all of these.
 @given(call=calls(), asked=st.booleans())
 @settings(max_examples=10)
 def test_a_named_backend_runs_or_says_why_not(impl, call, asked, device):
     """3: what `supports` refuses raises its reason, whatever else could run the call."""
     q, k, v, mask = (x.to(device) for x in call.given)
     why = supports(impl, q, k, v, mask, return_lse=asked)
-    if why is None:
-        return  # Held above.
+    assume(why is not None)
     with pytest.raises(ValueError) as raised:
         attention(q, k, v, mask, impl=impl, return_lse=asked)
     assert why in str(raised.value)

@@ -3,11 +3,9 @@
 One browser serves all tests; each opens its page anew.
 """
 
-import os
 import re
 
 import pytest
-from chromium import Browser, find
 
 from dynmask.report import build_page
 
@@ -44,19 +42,6 @@ CONTRAST = """(() => {
   }
   return worst;
 })()"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    path = find()
-    if path is None:
-        message = "headless Chromium is missing: apt-get install -y chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    started = Browser(path, tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
