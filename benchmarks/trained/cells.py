@@ -175,6 +175,7 @@ class Runner:
             "recipe": cell.named,
             "run": cell.key,
             "jobs": self.args.jobs,
+            "compiled": cell.recipe.compile and DEVICE == "cuda",
             "environment": surroundings(self.args),
         }
         try:

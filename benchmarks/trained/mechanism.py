@@ -3,11 +3,11 @@
     python benchmarks/trained/mechanism.py --budget-seconds 1500             # minutes on a CPU
     python benchmarks/trained/mechanism.py --size gpu --data BOOKS --texts BOOKS/test.jsonl.xz
 
-Two tasks: running text (perplexity of other text; at the larger size LongEval lines too) and
-associative recall. A row of the table is the task's recipe in mechanism/cpu or mechanism/gpu with
-what mechanism/cpu.yaml or gpu.yaml changes in it. A finished cell is a line of --out at once; the
-same command goes on where it ended. All rows at the first seed come first, then the other seeds.
-Models stay in --runs, for picks.py, and for other questions to them.
+Two tasks: running text (perplexity of other text) and associative recall. A row of the table is
+the task's recipe in mechanism/cpu or mechanism/gpu with what mechanism/cpu.yaml or gpu.yaml changes
+in it. A finished cell is a line of --out at once; the same command goes on where it ended. All rows
+at the first seed come first, then the other seeds. Models stay in --runs, for picks.py, and for
+other questions to them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from jobs import go
 from kinds import kinds_of_recall
 from mqar import SEED, accuracy
 from nearest import nearest
-from past import asked
 from picks import expiries, statistics, when_keep_changes, windows_of_text
 
 from dynmask.assets import load_texts
@@ -148,7 +147,7 @@ class Mechanism(Runner):
         return found
 
     def on_text(self, model: Any, tokenizer: Any, wanted: Row) -> Row:
-        """Perplexity at the model's keep, at half and double, and LongEval lines if asked for."""
+        """Perplexity at the model's keep, at half and double."""
         length, count = wanted["length"], wanted["windows"]
 
         def measured() -> Row:
@@ -174,12 +173,6 @@ class Mechanism(Runner):
             tokenizer, self.texts, length=length, windows=wanted["picked"]
         )
         note = f"perplexity {found['perplexity']['score']:.3f}"
-        if "lines" in wanted:
-            haystack = load_texts("haystack")
-            found["lines"] = asked(
-                model, tokenizer, haystack, "longeval", wanted["lines"], wanted["asked"]
-            )
-            note += ", " + found["lines"].pop("note")
         return found | {"note": note}
 
 

@@ -238,12 +238,11 @@ def gap(pairs: Sequence[tuple[Row, Row]]) -> tuple[float, float]:
 
 
 def on_text(rows: Sequence[Row]) -> str:
-    """Perplexity, and LongEval lines where they were asked."""
+    """Perplexity."""
     runs = listed(rows)
     some = next(row for row in rows if "perplexity" in row)
     length = some["recipe"]["phases"][-1]["length"]
     base = {row["seed"]: row["perplexity"]["rows"] for row in runs[BASE]}
-    with_lines = "lines" in some
     lines: list[list[str]] = []
     changed: list[list[str]] = []
     for name, mine in runs.items():
@@ -255,15 +254,16 @@ def on_text(rows: Sequence[Row]) -> str:
             for row in mine
             if row["seed"] in base and name != BASE
         ]
-        line = [
-            name,
-            *_what(mine[0], length),
-            str(len(mine)),
-            spread([row["perplexity"]["score"] for row in mine], ".1f"),
-            against(pairs),
-            f"{statistics.fmean(row['perplexity']['bits_per_byte'] for row in mine):.4f}",
-        ]
-        lines.append([*line, *([lines_asked(mine)] if with_lines else [])])
+        lines.append(
+            [
+                name,
+                *_what(mine[0], length),
+                str(len(mine)),
+                spread([row["perplexity"]["score"] for row in mine], ".1f"),
+                against(pairs),
+                f"{statistics.fmean(row['perplexity']['bits_per_byte'] for row in mine):.4f}",
+            ]
+        )
         if "keep_changed" in mine[0]:
             own = [row["perplexity"]["rows"] for row in mine]
             for_each = [
@@ -273,8 +273,15 @@ def on_text(rows: Sequence[Row]) -> str:
                 for at in (0, 1)
             ]
             changed.append([name, str(mine[0]["recipe"]["model"]["keep"]), *for_each])
-    head = ["row", "keys a row sees", "density", "seeds", "perplexity", "against base"]
-    head += ["bits a byte", *(["LongEval lines, %"] if with_lines else [])]
+    head = [
+        "row",
+        "keys a row sees",
+        "density",
+        "seeds",
+        "perplexity",
+        "against base",
+        "bits a byte",
+    ]
     said = TEXT.format(
         parameters=some["parameters"] / 1e6,
         tokens=some["tokens"] / 1e6,
@@ -290,15 +297,6 @@ def on_text(rows: Sequence[Row]) -> str:
             table(["row", "keep", "perplexity at half", "perplexity at double"], changed),
         ]
     )
-
-
-def lines_asked(rows: Sequence[Row]) -> str:
-    """LongEval lines found, with Wilson's interval."""
-    from dynmask.eval.result import wilson
-
-    marks = [hit for row in rows for _, hit in row["lines"]["result"]["marks"]]
-    low, high = wilson(sum(marks), len(marks))
-    return f"{100 * statistics.fmean(marks):.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 WHAT = """\
