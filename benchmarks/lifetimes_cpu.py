@@ -9,26 +9,17 @@ each layer has its own scores. A cell is timed only after the selected keys agre
 the output with the reference backend.
 """
 
-import argparse
-import datetime
-import json
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from stripes_cpu import DIM, GROUPS, HEADS, LENGTHS, options, quartiles, timed, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import dynmask
 from dynmask.masks import Lifetimes
 from dynmask.ops import attention, choose, computed_pairs
 
-HEADS, GROUPS, DIM = 8, 4, 64
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 KEEPS = (256, 1024, 4096)
 # Local scores rise by this much a token beside noise of variance 1: most kept keys are recent.
 SLOPE = 0.002
@@ -61,17 +52,6 @@ def gate(q: Tensor, k: Tensor, v: Tensor, score: Tensor, keep: int) -> float:
     if not worst < 1e-4:
         raise SystemExit(f"wrong result at {length} tokens with keep {keep}: error {worst}")
     return worst
-
-
-def timed(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def quartiles(values: list[float]) -> list[float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [round(x, 6) for x in (low, middle, high)]
 
 
 def measure(length: int, keep: int, kind: str, q_len: int, rounds: int) -> dict:
@@ -140,56 +120,30 @@ def show(cells: list[dict]) -> None:
         print(f"  {c['auto']}")
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--longest", type=int, default=16_384)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    given = options(__doc__ or "", rounds=5)
     load = [os.getloadavg()[0]]
     cells = []
     with torch.inference_mode():
         for length in LENGTHS:
-            if length > options.longest:
+            if length > given.longest:
                 continue
             for keep in KEEPS:
                 if keep >= length:
                     continue
                 for kind, q_len in (("iid", length), ("local", length), ("iid", 1)):
-                    cells += [measure(length, keep, kind, q_len, options.rounds)]
+                    cells += [measure(length, keep, kind, q_len, given.rounds)]
             print(f"{length} tokens: done", flush=True)
             load.append(os.getloadavg()[0])
     cells.sort(key=lambda c: c["call"], reverse=True)
     show(cells)
-    if options.out:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": options.threads,
-            "load_average_1min": load,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "dynmask": dynmask.__version__,
-            "baseline": "torch scaled_dot_product_attention, is_causal=True, float32",
-            "shape": {"batch": 1, "heads": HEADS, "kv_heads": GROUPS, "dim": DIM},
-            "local_scores": f"standard normal + {SLOPE} a token",
-            "rounds": options.rounds,
-            "seconds": "quartiles over rounds; ratio = sdpa / ours within a round",
-            "cells": cells,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(
+        given,
+        cells,
+        load,
+        local_scores=f"standard normal + {SLOPE} a token",
+        seconds="quartiles over rounds; ratio = sdpa / ours within a round",
+    )
 
 
 if __name__ == "__main__":

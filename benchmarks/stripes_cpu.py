@@ -181,45 +181,57 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(about: str, *, rounds: int) -> argparse.Namespace:
+    """What the benchmarks on a CPU take; sets the threads."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--longest", type=int, default=16_384)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given
+
+
+def write(given: argparse.Namespace, cells: list[dict], load: list[float], **more: object) -> None:
+    """Write the cells with what they ran on, if there is an ``--out``."""
+    if not given.out:
+        return
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": given.threads,
+        "load_average_1min": load,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dynmask": dynmask.__version__,
+        "baseline": "torch scaled_dot_product_attention, is_causal=True, float32",
+        "shape": {"batch": 1, "heads": HEADS, "kv_heads": GROUPS, "dim": DIM},
+        **more,
+        "rounds": given.rounds,
+        "cells": cells,
+    }
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    given = options(__doc__ or "", rounds=7)
     load = [os.getloadavg()[0]]
     cells = []
     with torch.inference_mode():
         for length in LENGTHS:
-            if length > options.longest:
+            if length > given.longest:
                 continue
             for density in DENSITIES:
-                cells += measure(length, density, length, options.rounds)
+                cells += measure(length, density, length, given.rounds)
                 print(f"{length} tokens, {density:.0%}: done", flush=True)
             load.append(os.getloadavg()[0])
         for length in LENGTHS:
-            if length <= options.longest:
-                cells += measure(length, 0.1, 1, options.rounds)
+            if length <= given.longest:
+                cells += measure(length, 0.1, 1, given.rounds)
     show(cells)
-    if options.out:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": options.threads,
-            "load_average_1min": load,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "dynmask": dynmask.__version__,
-            "baseline": "torch scaled_dot_product_attention, is_causal=True, float32",
-            "shape": {"batch": 1, "heads": HEADS, "kv_heads": GROUPS, "dim": DIM},
-            "rounds": options.rounds,
-            "seconds": "quartiles over rounds; ratio = sdpa / cpu within a round",
-            "cells": cells,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(given, cells, load, seconds="quartiles over rounds; ratio = sdpa / cpu within a round")
 
 
 if __name__ == "__main__":
