@@ -82,8 +82,8 @@ trained with:
 """
 
 
-def page(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
-    """The page's Markdown, and its pictures by name.
+def page(rows: Sequence[Row], stem: str) -> tuple[str, dict[str, str]]:
+    """The page's Markdown, and its pictures by name, which begins with ``stem``.
 
     Raises:
         ValueError: there are no finished cells.
@@ -98,12 +98,12 @@ def page(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
         mine = [row for row in rows if row["part"] == task]
         parts += [f"## {TITLES[task]}\n"]
         parts += [on_recall(mine) if task == "recall" else on_text(mine)]
-        name = f"mechanism-{task}-rows.svg"
+        name = f"{stem}-{task}-rows.svg"
         parts += [verdict(mine), f"![Each row against base]({name})\n"]
         pictures[name] = dots(mine, task)
         base = [row for row in mine if row["method"] == BASE and "picks" in row]
         if base:
-            text, drawn = what_is_kept(task, base)
+            text, drawn = what_is_kept(f"{stem}-{task}", base)
             parts.append(text)
             pictures |= drawn
     return "\n".join(parts), pictures
@@ -309,27 +309,27 @@ Layers count from 0.
 """
 
 
-def what_is_kept(task: str, base: Sequence[Row]) -> tuple[str, dict[str, str]]:
+def what_is_kept(stem: str, base: Sequence[Row]) -> tuple[str, dict[str, str]]:
     """Pictures of the first seed, and tables over all seeds."""
     first = base[0]
     own = first["picks"][1]
     made = {
-        f"mechanism-{task}-masks.svg": masks(first["expiry"], own["keep"]),
-        f"mechanism-{task}-types.svg": shares(own),
-        f"mechanism-{task}-lives.svg": lives(first["picks"]),
+        f"{stem}-masks.svg": masks(first["expiry"], own["keep"]),
+        f"{stem}-types.svg": shares(own),
+        f"{stem}-lives.svg": lives(first["picks"]),
     }
     said = WHAT.format(
         seed=first["seed"], windows=own["windows"], length=own["length"], keep=own["keep"]
     )
-    parts = [said, f"![Keys that each row sees](mechanism-{task}-masks.svg)\n"]
+    parts = [said, f"![Keys that each row sees]({stem}-masks.svg)\n"]
     parts += [
         "Share of the kept pairs by type and position, over their share of all causal pairs (in "
         "brackets behind the name): 1 is what chance would keep.\n",
-        f"![Kept over chance by type and position](mechanism-{task}-types.svg)\n",
+        f"![Kept over chance by type and position]({stem}-types.svg)\n",
         ranges(own),
         "How many rows see an admitted key: median, middle half and 10 % to 90 %, at half, own "
         "and double w (dotted); those alive at the end are cut off there.\n",
-        f"![How long keys live](mechanism-{task}-lives.svg)\n",
+        f"![How long keys live]({stem}-lives.svg)\n",
         f"Over w, mean of the layers and kv heads, {_seeds(base)}:\n",
         over_keep(base),
         by_layer(base),
@@ -497,7 +497,7 @@ def bounds(row: Row, base: Row) -> tuple[float, float, float]:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """Write the page and beside it its pictures."""
-    save(*page(rows), path)
+    save(*page(rows, path.stem), path)
 
 
 def main() -> None:

@@ -367,8 +367,8 @@ def test_the_page(scripts, cells, tmp_path):
     rows, _ = cells
     pages = scripts.mechanism_page
     shown = [row | {"size": "cpu"} for row in rows]
-    pages.write(shown, tmp_path / "mechanism.md")
-    text = (tmp_path / "mechanism.md").read_text(encoding="utf-8")
+    pages.write(shown, tmp_path / "made.md")
+    text = (tmp_path / "made.md").read_text(encoding="utf-8")
     for name in GRID["rows"]:
         (recall, words) = ([r for r in rows if r["method"] == name][at] for at in (0, 1))
         lines = [line for line in text.splitlines() if line.startswith(f"| {name} | ")]
@@ -378,11 +378,11 @@ def test_the_page(scripts, cells, tmp_path):
     assert "| own key forced in | 9 (2 nearest) |" in text
     for task in GRID["tasks"]:
         for picture in ("rows", "masks", "types", "lives"):
-            name = f"mechanism-{task}-{picture}.svg"
+            name = f"made-{task}-{picture}.svg"
             assert f"]({name})" in text
             assert (tmp_path / name).read_text(encoding="utf-8").count("<svg") == 1
     with pytest.raises(ValueError, match="no finished cells"):
-        pages.page([{"key": "a", "failed": "x"}])
+        pages.page([{"key": "a", "failed": "x"}], "made")
 
 
 def test_density_is_that_of_a_mask(scripts):
