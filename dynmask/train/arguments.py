@@ -45,7 +45,7 @@ def training_arguments(
         # Whole state dicts, so that a run may go on with another number of processes.
         kind["fsdp"] = True
         kind["fsdp_config"] = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
@@ -78,3 +78,13 @@ def training_arguments(
         disable_tqdm=True,
         **kind,
     )
+    if fsdp and arguments.bf16:
+        # Not there in builds of torch without distributed.
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Weights are gathered in the dtype that they are computed in and saved in. accelerate
+        # would sum gradients in bfloat16 too, where DDP sums them in float32.
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16
+        )
+    return arguments

@@ -70,3 +70,15 @@ def test_sharded(recipe, text_folder, tmp_path, one):
     launch(SHARDED, recipe, text_folder, tmp_path / "two")
     check(tmp_path / "two", one)
     assert (tmp_path / "two" / "checkpoint-4" / "pytorch_model_fsdp.bin").exists()
+
+
+def test_sharded_in_bfloat16(recipe, text_folder, tmp_path, one):
+    """bfloat16 weights are gathered and float32 gradients summed, and the loss hardly differs."""
+    out = tmp_path / "two"
+    said = launch(SHARDED, recipe, text_folder, out, "bf16").splitlines()
+    assert len(said) == 2, "both processes shard all by one policy"
+    assert all("param_dtype=torch.bfloat16, reduce_dtype=torch.float32" in line for line in said)
+    log = json.loads((out / "log.json").read_text())
+    both = [entry["loss"] for entry in log if "loss" in entry]
+    assert both == pytest.approx(losses(one[0]), rel=2e-3)
+    assert both != losses(one[0])
