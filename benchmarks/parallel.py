@@ -1,19 +1,31 @@
-"""How training and prefill of DMA models scale over the GPUs of one machine.
+"""How prefill and training scale over the GPUs of one machine.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py [--parts prefill train]
-        [--length 262144] [--chunk 32768] [--sizes 80M 1.7B] [--sharing ddp fsdp] [--out FILE]
+    torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py [--parts prefill tensor train]
+        [--length 262144] [--chunk 32768] [--split-length 32768] [--models dense dynamic dma]
+        [--sizes 80M 680M 1.7B] [--sharing ddp fsdp fsdp-kept] [--rounds 10] [--out FILE]
 
 Each part is timed on one GPU, while the others wait, then on all, in one run; times are wall clock
-of the slowest process between two synchronized points, medians with quartiles.
+of the slowest process between two synchronized points, medians with quartiles. FILE is written
+after every cell. A part that fails is named under `failed`, the others go on, and the exit code is
+1.
 
 prefill: Llama-3.2-1B's shape with random weights in bfloat16, `keep` 2,048, one prompt of --length
 tokens. Alone it is read into a `LifetimeCache` in chunks; together by `context_prefill`, each
 process a chunk at a time. Efficiency is one GPU's time over P times theirs. Before, the last
 logits of both must agree.
 
+tensor: one prompt of --split-length tokens through Llama-3.2-1B's shape with random weights in
+bfloat16, loaded whole by the first process and split by transformers' `tp_plan` by all; time to the
+last token's logits, without a cache. `dense` is transformers' Llama with torch's kernels, `dynamic`
+the same under `accelerate` (the selection runs; since random weights have flat attention maps,
+random blocks are kept, the same in all heads), `dma` a DMA model with `keep` 2,048. Before, the
+last logits of both must agree.
+
 train: `dynmask train`'s step (as in train_speed.py: bf16 autocast over fp32 weights, compiled
 layers and loss, fused AdamW, recomputation from 1B parameters on), 32,768 tokens in one sequence
-for each process, replicated (DDP) and sharded (FSDP2). The work of a process stays the same, so
+for each process, replicated (DDP) and sharded by accelerate as `dynmask train` has it (FSDP2:
+gathered in bfloat16, gradients summed in float32); `fsdp-kept` does not drop a layer's gathered
+weights between forward and backward. The work of a process stays the same, so
 efficiency is one GPU's time over theirs. Before, the losses of the first process must agree.
 
 `--device cpu` shows with gloo on tiny models that this runs, no more.
@@ -22,94 +34,45 @@ efficiency is one GPU's time over theirs. Before, the losses of the first proces
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from dma_prefill import SHAPE, build, read
 from dma_prefill import TINY as TINY_SHAPE
+from parallel_group import Group, efficiency
+from parallel_tensor import MODELS, tensor
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from train_speed import RECOMPUTE_FROM, configuration
 
 from dynmask.bench.environment import environment
-from dynmask.bench.timing import Times
 from dynmask.dma import DmaConfig, DmaForCausalLM, LifetimeCache
 from dynmask.dma.parallel import context_prefill
+from dynmask.train.arguments import training_arguments
+from dynmask.train.recipe import Recipe
 from dynmask.train.trainer import weighted_loss
 
-
-class Group:
-    """The processes, and how they wait for each other without keeping a GPU busy."""
-
-    def __init__(self, kind: str):
-        place = int(os.environ["LOCAL_RANK"])
-        self.device = torch.device(kind, place) if kind == "cuda" else torch.device(kind)
-        if kind == "cuda":
-            torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._host = dist.new_group(backend="gloo")
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier(group=self._host)
-
-    def times(self, run: Callable[[], Any], rounds: int, *, alone: bool) -> Times | None:
-        """Time the slowest process; with ``alone`` the first one only runs, the others wait."""
-        found = []
-        for _ in range(rounds + 2):  # The first two compile.
-            self.wait()
-            begin = time.perf_counter()
-            if not alone or self.rank == 0:
-                run()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-            took = torch.tensor(time.perf_counter() - begin)
-            dist.all_reduce(took, dist.ReduceOp.MAX, group=self._host)
-            found.append(float(took))
-        return Times.of(found[2:])
-
-    def from_first(self, value: float) -> float:
-        """Return the first process's number in all."""
-        told = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(told, 0, group=self._host)
-        return float(told)
-
-    def free(self) -> None:
-        gc.collect()
-        torch._dynamo.reset()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+# Of a first loss near 10.4, the vocabulary's logarithm. Weights gathered in bfloat16 move the loss
+# of 80M on 1,024 tokens by 8e-4.
+LOSS_BOUND = 1e-2
+PARTS = ["prefill", "tensor", "train"]
+SHARING = ["ddp", "fsdp", "fsdp-kept"]
 
 
-def efficiency(alone: Times, together: Times, share: int) -> dict[str, Any]:
-    """Return both times, and ``alone / (share together)`` with what the quartiles allow."""
-    return {
-        "alone": alone.to_dict(),
-        "together": together.to_dict(),
-        "efficiency": {
-            "low": alone.low / together.high / share,
-            "median": alone.median / together.median / share,
-            "high": alone.high / together.low / share,
-        },
-    }
-
-
-def prefill(group: Group, length: int, chunk: int, keep: int, rounds: int) -> dict[str, Any]:
+def prefill(
+    group: Group, length: int, chunk: int, keep: int, rounds: int
+) -> Iterator[dict[str, Any]]:
     on_gpu = group.device.type == "cuda"
     shape = SHAPE if on_gpu else TINY_SHAPE
     # All processes draw the same weights and tokens.
-    model = build(DmaForCausalLM, DmaConfig(**shape, qk_norm=False, keep=keep), group.device.type)
+    config = DmaConfig(**shape, qk_norm=False, keep=keep)
+    model = group.run(lambda: build(DmaForCausalLM, config, group.device.type))
     torch.manual_seed(length)
     tokens = torch.randint(shape["vocab_size"], (1, length), device=group.device)
 
@@ -124,17 +87,17 @@ def prefill(group: Group, length: int, chunk: int, keep: int, rounds: int) -> di
             cache = found.past_key_values
         return found.logits
 
-    wanted, found = alone().float(), together().float()
+    wanted, found = (group.run(call).float() for call in (alone, together))
     error = float((wanted - found).norm() / wanted.norm())
     if not error < 2e-2:
-        raise SystemExit(f"prefill together differs from prefill alone: {error}")
+        raise ValueError(f"prefill together differs from prefill alone: {error}")
     width = shape["head_dim"]
     number = torch.finfo(model.dtype).bits // 8
     a_key = shape["num_key_value_heads"] * (2 * width * number + 4)
     pieces = -(-length // (group.size * chunk))
     one = group.times(alone, rounds, alone=True)
     all_of_them = group.times(together, rounds, alone=False)
-    return {
+    yield {
         "part": "prefill",
         "length": length,
         "chunk": chunk,
@@ -163,12 +126,10 @@ class Training:
         for layer in layers:
             if on_gpu:
                 layer.compile()
-            if sharing == "fsdp":
-                fully_shard(layer)
-        if sharing == "fsdp":
-            fully_shard(model)
-        elif sharing == "ddp":
+        if sharing == "ddp":
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        elif sharing is not None:
+            model = shard(model, self.device, kept=sharing == "fsdp-kept")
         self.model = model.train()
         self.loss = torch.compile(weighted_loss) if on_gpu else weighted_loss
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
@@ -187,49 +148,68 @@ class Training:
         return loss.detach()
 
 
+def shard(model: nn.Module, device: torch.device, *, kept: bool) -> nn.Module:
+    """Shard a model by accelerate, with the arguments of `dynmask train`."""
+    # Not public, so that only what needs it fails without it.
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    arguments = training_arguments(Recipe.load("80M"), Path("unused"), workers=0, fsdp=True)
+    plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+    if kept:
+        plugin.reshard_after_forward = False
+    # What it reads of an Accelerator, which refuses a CPU.
+    settings = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=None,
+        mixed_precision="bf16" if arguments.bf16 else "no",
+        is_main_process=dist.get_rank() == 0,
+        device=device,
+    )
+    return fsdp2_prepare_model(settings, model)
+
+
 def train(
     group: Group, size: str, length: int, keep: int, sharing: list[str], rounds: int
-) -> list[dict[str, Any]]:
-    cells = []
-    one = Training(group, size, length, keep, None) if group.rank == 0 else None
-    wanted = group.from_first(float(one.step()) if one else 0.0)
-    alone = group.times(one.step if one else lambda: None, rounds, alone=True)
-    parameters = int(group.from_first(one.parameters if one else 0))
+) -> Iterator[dict[str, Any]]:
+    one = group.run(lambda: Training(group, size, length, keep, None), alone=True)
+    first = group.run(lambda: float(one.step()), alone=True)  # type: ignore[union-attr]
+    alone = group.times(lambda: one.step(), rounds, alone=True)  # type: ignore[union-attr]
+    wanted, parameters = group.from_first((first, one.parameters if one else 0))
     one = None
     group.free()
     for how in sharing:
-        shared = Training(group, size, length, keep, how)
-        loss = group.from_first(float(shared.step()))
-        if abs(loss - wanted) > 1e-2:
-            raise SystemExit(f"{size} {how}: the first loss is {loss}, alone {wanted}")
+        shared: Any = group.run(lambda how=how: Training(group, size, length, keep, how))
+        loss = group.from_first(group.run(lambda shared=shared: float(shared.step())))
+        if not abs(loss - wanted) <= LOSS_BOUND:
+            raise ValueError(f"the first loss is {loss} by {how}, alone {wanted}")
         together = group.times(shared.step, rounds, alone=False)
-        cells.append(
-            {
-                "part": "train",
-                "size": size,
-                "parameters": parameters,
-                "length": length,
-                "keep": keep,
-                "sharing": how,
-                "losses": [wanted, loss],
-                "tokens_per_second": group.size * length / together.median,
-                **efficiency(alone, together, 1),
-            }
-        )
-        del shared
+        yield {
+            "part": "train",
+            "size": size,
+            "parameters": parameters,
+            "length": length,
+            "keep": keep,
+            "sharing": how,
+            "losses": [wanted, loss],
+            "tokens_per_second": group.size * length / together.median,
+            **efficiency(alone, together, 1),
+        }
+        shared = None
         group.free()
-    return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=["prefill", "train"])
-    parser.add_argument("--length", type=int, help="of the prompt; default 262144")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--length", type=int, help="of prefill's prompt; default 262144")
     parser.add_argument("--chunk", type=int, help="tokens that a process reads at once; 32768")
+    parser.add_argument("--split-length", type=int, help="of tensor's prompt; default 32768")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of tensor")
     parser.add_argument("--sizes", nargs="+", help="to train: 80M, 200M, 680M, 1.7B; default 80M")
-    parser.add_argument("--sharing", nargs="+", choices=["ddp", "fsdp"], default=["ddp", "fsdp"])
+    parser.add_argument("--sharing", nargs="+", choices=SHARING, default=SHARING[:2])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path)
@@ -243,34 +223,50 @@ def main() -> None:
         "processes": group.size,
         "backend": dist.get_backend(),
         "rounds": args.rounds,
+        "failed": [],
         "cells": [],
     }
 
-    def note(cells: list[dict[str, Any]]) -> None:
-        document["cells"] += cells
-        if group.rank == 0:
-            for cell in cells:
-                print(line(cell), flush=True)
-            if args.out:
-                args.out.write_text(json.dumps(document, indent=1) + "\n")
+    def write() -> None:
+        if group.rank == 0 and args.out:
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
 
-    parts = args.parts or ["prefill", "train"]
-    if "prefill" in parts:
+    def note(name: str, cells: Iterable[dict[str, Any]]) -> None:
+        try:
+            for cell in cells:
+                document["cells"].append(cell)
+                if group.rank == 0:
+                    print(line(cell), flush=True)
+                write()
+        except Exception as error:  # of memory, a kernel, a library: the other parts still count
+            document["failed"].append({"part": name, "error": f"{type(error).__name__}: {error}"})
+            if group.rank == 0:
+                print(f"{name} failed: {error}", flush=True)
+            write()
+        group.free()
+
+    if "prefill" in args.parts:
         length = args.length or (262_144 if on_gpu else 1_000)
         chunk = args.chunk or (32_768 if on_gpu else 128)
-        note([prefill(group, length, chunk, 2_048 if on_gpu else 64, args.rounds)])
-        group.free()
-    if "train" in parts:
+        note("prefill", prefill(group, length, chunk, 2_048 if on_gpu else 64, args.rounds))
+    if "tensor" in args.parts:
+        length = args.split_length or (32_768 if on_gpu else 300)
+        for name in args.models:
+            note(f"tensor {name}", tensor(group, name, length, args.rounds))
+    if "train" in args.parts:
         for size in args.sizes or (["80M"] if on_gpu else ["tiny"]):
             length, keep = (32_768, 1_024) if on_gpu else (256, 64)
-            note(train(group, size, length, keep, args.sharing, args.rounds))
-    document["complete"] = True
-    note([])
+            note(f"train {size}", train(group, size, length, keep, args.sharing, args.rounds))
+    document["complete"] = not document["failed"]
+    write()
     dist.destroy_process_group()
+    if document["failed"]:
+        raise SystemExit(1)
 
 
 def line(cell: dict[str, Any]) -> str:
-    name = f"{cell['part']} {cell.get('size', '')} {cell.get('sharing', '')} {cell['length']}"
+    keys = ("part", "model", "size", "sharing", "length")
+    name = " ".join(str(cell[key]) for key in keys if key in cell)
     alone, together = (cell[side]["median"] for side in ("alone", "together"))
     low, middle, high = (cell["efficiency"][key] for key in ("low", "median", "high"))
     text = f"{name}: {alone:.4f} s alone, {together:.4f} s together"
