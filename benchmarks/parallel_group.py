@@ -17,7 +17,7 @@ from dynmask.bench.timing import Times
 
 T = TypeVar("T")
 # A process that fails between two exchanges leaves the others waiting for it.
-_PATIENCE = datetime.timedelta(minutes=2)
+_PATIENCE = datetime.timedelta(minutes=5)
 
 
 class Group:
