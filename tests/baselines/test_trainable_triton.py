@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from features import lacks_kernels, needs
 
 from dynmask.baselines.moba import MixtureOfBlockAttention
 from dynmask.baselines.nsa import NativeSparseAttention, NsaBlocks
@@ -51,6 +52,7 @@ def close(found, expected, tolerance):
 
 @pytest.mark.parametrize("kind", ["nsa", "moba"])
 def test_kernels_are_the_reference(kind, device):
+    needs(lacks_kernels)
     layer, (x, angles) = make(kind), inputs(45)
     layer.impl = "reference"
     expected = results(layer, x, angles)

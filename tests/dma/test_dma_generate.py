@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dma_models import make_model, random_ids
+from features import lacks_compile, needs
 from transformers import DynamicCache, StaticCache
 
 from dynmask.dma import LifetimeCache
@@ -163,6 +164,7 @@ def test_steps_equal_one_pass(rule, padding):
 @pytest.fixture(scope="module")
 def compiled():
     """A model whose forward pass is compiled; a real backend would take half a minute."""
+    needs(lacks_compile)
     torch.compiler.reset()
     model = make_model(num_hidden_layers=1)
     model.forward = torch.compile(model.forward, backend="eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dma_models import hidden, make_layer, paper_layer
+from features import lacks_compile, needs
 from transformers import DynamicCache, StaticCache
 
 from dynmask.dma import DmaConfig, DmaForCausalLM, DynamicMaskAttention, LifetimeCache
@@ -179,6 +180,7 @@ def test_where_the_score_starts(a_std, whole):
     ids=["whole", "threshold-packed"],
 )
 def test_compiles_whole(options, documents):
+    needs(lacks_compile)
     layer, x = make_layer(**options), hidden(2, 40).requires_grad_()
     inputs = {"documents": documents}
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import naive_attention
+from features import lacks_kernels, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import GPU, require_triton
@@ -380,6 +381,7 @@ def test_what_the_choice_leaves_open_does_not_matter(monkeypatch, padded, thresh
 def test_decoding_by_the_kernels(monkeypatch, padded):
     """On a GPU one kernel takes in what leaves the window, and slots are not sorted by arrival."""
     require_triton()
+    needs(lacks_kernels)
     from dynmask.masks.triton.select import expiry_of_top
     from dynmask.ops.triton.insert import insert
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dma_models import hidden, make_layer, make_model, paper_layer, random_ids
+from features import lacks_compile, needs
 from transformers import MistralConfig, MistralForCausalLM
 
 from dynmask.dma import LifetimeCache, from_pretrained_dense
@@ -172,6 +173,7 @@ def test_prompt_lookup_gives_the_tokens_of_no_cache():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_whole(packed):
+    needs(lacks_compile)
     layer, x = make_layer(**RULES["threshold"]), hidden(2, 40)
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[0, :5] = 0

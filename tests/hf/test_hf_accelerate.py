@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from features import lacks_compile, needs
 from hf_models import (
     make_model,
     make_plan,
@@ -407,6 +408,7 @@ def test_softcap_and_dropout_are_refused():
 
 
 def test_compiled_model_needs_an_attention_mask():
+    needs(lacks_compile)
     model = make_model("llama")
     ids = random_ids(1, 20)
     mask = torch.ones_like(ids)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import blocks, lifetimes, naive_attention, padding, stripes, tensors
+from features import lacks_flex, needs
 
 from dynmask.masks import Lifetimes, Stripes
 from dynmask.ops import attention, supports
@@ -90,6 +91,7 @@ def test_the_predicate_is_the_mask(kind):
 @pytest.mark.parametrize("q_len", [1, 2, 50], ids=lambda n: f"q{n}")
 @pytest.mark.parametrize("kind", ["causal", "corner", "padded stripes"])
 def test_stripes(kind, q_len):
+    needs(lacks_flex)
     mask = MASKS[kind](60)
     q, k, v = tensors(2, 4, 2, q_len, 60, 16)
     bias = torch.randn(2, 2, 60)
@@ -101,6 +103,7 @@ def test_stripes(kind, q_len):
 
 
 def test_any_strides_and_scale():
+    needs(lacks_flex)
     q = torch.randn(2, 50, 16, 4).permute(0, 3, 1, 2)
     k = torch.randn(50, 2, 16, 4).permute(1, 3, 0, 2)[:, ::2]
     v = torch.randn(2, 2, 100, 32)[:, :, ::2, ::2]
@@ -111,6 +114,7 @@ def test_any_strides_and_scale():
 
 
 def test_it_says_what_it_cannot_do():
+    needs(lacks_flex)
     q, k, v = tensors(1, 4, 2, 8, 8, 16)
     mask = lifetimes(1, 2, 8)
     q.requires_grad_()
@@ -130,6 +134,7 @@ def test_it_says_what_it_cannot_do():
 @pytest.mark.parametrize("q_len", [1, 170, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_with_gradients(kind, q_len, dtype):
+    needs(lacks_flex)
     mask = MASKS[kind](300)
     mask = None if mask is None else mask.to("cuda")
     results = []

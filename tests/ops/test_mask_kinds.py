@@ -11,11 +11,12 @@ from attention_cases import (
     padding,
     tensors,
 )
+from features import lacks_flex, needs
 
 from dynmask.masks import Blocks, Documents, Lifetimes
 from dynmask.ops import attention, reference, sdpa
 
-each_impl = pytest.mark.parametrize("impl", ["reference", "sdpa", "flex", "auto"])
+each_impl = pytest.mark.parametrize("impl", ["reference", "sdpa", "flex", "auto"], indirect=True)
 close = {"rtol": 2e-5, "atol": 2e-6}
 RUNS = ((7, 60), (0, 41))
 
@@ -31,6 +32,13 @@ MASKS = {
     "padded blocks": lambda n: blocks(1, 2, n) & padding(*RUNS),
 }
 each_mask = pytest.mark.parametrize("kind", MASKS)
+
+
+@pytest.fixture
+def impl(request):
+    if request.param == "flex":
+        needs(lacks_flex)
+    return request.param
 
 
 def naive(mask, q_len, k_len):
@@ -61,7 +69,7 @@ def per_head(seen):
     return some.repeat_interleave(6 // some.shape[1], 1).expand(2, 6, -1)
 
 
-@pytest.mark.parametrize("impl", ["reference", "flex"])
+@pytest.mark.parametrize("impl", ["reference", "flex"], indirect=True)
 @each_mask
 def test_log_sum_exp(impl, kind):
     mask = MASKS[kind](60)

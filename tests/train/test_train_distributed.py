@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from features import lacks_cpu_shards, needs
 from safetensors.torch import load_file
 from train_cases import SHAPE, changed, losses
 
@@ -67,6 +68,7 @@ def test_replicated(recipe, text_folder, tmp_path, one):
 
 
 def test_sharded(recipe, text_folder, tmp_path, one):
+    needs(lacks_cpu_shards)
     launch(SHARDED, recipe, text_folder, tmp_path / "two")
     check(tmp_path / "two", one)
     assert (tmp_path / "two" / "checkpoint-4" / "pytorch_model_fsdp.bin").exists()

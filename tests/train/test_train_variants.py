@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from features import lacks_compile, needs
 from train_cases import SHAPE, changed, losses
 from transformers import (
     AutoModelForCausalLM,
@@ -260,6 +261,7 @@ def test_what_models_refuse(kind):
 @each_kind
 def test_compiled_and_checkpointed(kind):
     """As a run on a GPU has it: each layer traced, its activations computed again."""
+    needs(lacks_compile)
     model, ids = make(kind, num_hidden_layers=1).train(), random_ids(2, 50)
     positions = torch.cat([torch.arange(33), torch.arange(17)])[None]
     expected = []
