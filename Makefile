@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 WORKERS ?= auto --maxprocesses 8
 EXTRAS := .venv-extras
 
-.PHONY: demo test test-gpu test-extras check docs bench report clean
+.PHONY: demo test test-gpu test-extras matrix check docs bench report clean
 
 demo: $(INSTALLED)
 	$(BIN)/dynmask demo --out demo-out
@@ -26,6 +26,11 @@ test-gpu:
 test-extras: $(EXTRAS)/installed
 	$(EXTRAS)/bin/python -c 'import fastapi, lm_eval, openai, peft, uvicorn'
 	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS) -q tests/examples $(PYTEST)
+
+# The oldest, pinned and newest versions, each in an environment of its own under .nox: noxfile.py.
+# NOX='-s oldest_transformers', which .ci/run takes, runs one; NOX=-l lists them.
+matrix: $(INSTALLED)
+	$(BIN)/nox $(NOX)
 
 check: $(INSTALLED) docs
 	$(BIN)/ruff check .
@@ -57,4 +62,4 @@ $(EXTRAS)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv $(EXTRAS) demo-out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(EXTRAS) .nox demo-out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
