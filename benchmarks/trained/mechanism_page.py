@@ -45,11 +45,12 @@ SIZES = {
     "cpu": """\
 **What this is not.** These are models of 0.1 and 1.1 million parameters, trained for minutes on a
 shared CPU: they show what the choice of keys does to models that have just begun to learn. None of
-it says how the rows would stand after a real run. The same command has a size for a GPU
-(`--size gpu`), which has not been run.""",
+it says how the rows would stand after a real run; [larger models](mechanism.md) are on a page of
+their own.""",
     "gpu": """\
-**What this is not.** These are models of 1.5 and 11 million parameters: none of it says how the
-rows would stand for larger ones.""",
+**What this is not.** A model of this size, trained once with each change: it does not say how the
+rows would stand for larger ones or after more text. Associative recall has been run
+[on a CPU](mechanism_cpu.md) alone, where the same rows of text stand for models a tenth as large.""",
 }
 
 UNBOUND = """

@@ -61,12 +61,13 @@ SCALING = """\
 Running text of books; trained and measured on 4,096 tokens, where SWA, NSA and DMA read 512 keys
 a row (NSA compressed ones besides). Parameters differ by less than 1 %. *Against MHA* is the
 relative change of the perplexity, window by window on the same text and at the same seed, with a
-95 % interval from the scatter of the windows: that of the seeds comes on top. Layers run
-uncompiled, attention by torch's SDPA (MHA, SWA, MLA) or this package's engine.
+95 % interval from the scatter of the windows: that of the seeds comes on top. Attention is torch's
+SDPA (MHA, SWA, MLA) or this package's engine; `compiled` in the raw figures says whether layers ran
+under torch.compile.
 """
 
 PAST = """\
-The models above, trained on for 1,000 steps on records of lines and needles with questions at up to
+The models above, trained on for 1,200 steps on records of lines and needles with questions at up to
 4,096 tokens (keys, numbers and books of the test are others), then asked at greedy decoding, as
 `dynmask eval` does. Nothing else is done for lengths beyond: RoPE's base is 500,000 throughout.
 Intervals are Wilson's, 95 %.
@@ -267,10 +268,27 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
     run = next(row for row in rows if "perplexity" in row)
     head = ["method", "parameters", "rate", "seeds", "perplexity", "bits a byte", "against MHA"]
     what = (
-        f"{run['tokens'] / 1e6:.1f}M tokens of training, {run['epochs']:.2f} epochs; "
+        f"{run['tokens'] / 1e6:.1f}M tokens of training, {epochs(rows)}; "
         f"{run['perplexity']['n']} test windows of {run['perplexity']['settings']['length']:,}."
     )
     return "\n".join([f"### {part}\n", what + "\n", table(head, lines), rates(rows)])
+
+
+def epochs(rows: Sequence[Row]) -> str:
+    """How often runs saw their text, and which runs had less of it than others."""
+    runs: dict[int, list[Row]] = {}
+    for row in rows:
+        if "corpus_tokens" in row:
+            runs.setdefault(row["corpus_tokens"], []).append(row)
+    most, *less = sorted(runs, reverse=True)
+    said = f"{runs[most][0]['epochs']:.2f} epochs of {most / 1e6:.1f}M tokens of books"
+    for size in less:
+        which = ", ".join(
+            f"{NAMES[row['method']]} at {row['lr']:g} seed {row['seed']}"
+            for row in sorted(runs[size], key=lambda row: (row["seed"], row["method"]))
+        )
+        said += f", but {runs[size][0]['epochs']:.2f} epochs of {size / 1e6:.1f}M for {which}"
+    return said
 
 
 def against(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:

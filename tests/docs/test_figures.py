@@ -235,7 +235,7 @@ def test_dynamic_masks_on_a_gpu_in_short():
     assert f"{said}{long['1B']:.1f}x as fast" in FIRST
 
 
-@pytest.mark.parametrize("cell", cells("parallel"), ids=lambda c: c.get("sharing", c["part"]))
+@pytest.mark.parametrize("cell", [*cells("parallel"), *cells("parallel_1b")])
 def test_two_gpus(cell):
     page = (ROOT / "docs/guide/parallel.md").read_text(encoding="utf-8")
     digits = 3 if cell["part"] == "prefill" else 4
