@@ -1,13 +1,13 @@
 """What makes dynamic mask attention work: models that differ in one thing, and what they keep.
 
-    python benchmarks/trained/mechanism.py --budget-seconds 1500             # minutes on a CPU
-    python benchmarks/trained/mechanism.py --size gpu --data BOOKS --texts BOOKS/test.jsonl.xz
+    python benchmarks/trained/mechanism.py --jobs 3                          # recall, on a CPU
+    python benchmarks/trained/mechanism.py --data BOOKS --texts BOOKS/test.jsonl.xz  # text, too
 
-Two tasks: running text (perplexity of other text) and associative recall. A row of the table is
-the task's recipe in mechanism/cpu or mechanism/gpu with what mechanism/cpu.yaml or gpu.yaml changes
-in it. A finished cell is a line of --out at once; the same command goes on where it ended. All rows
-at the first seed come first, then the other seeds. Models stay in --runs, for picks.py, and for
-other questions to them.
+Two tasks: associative recall, and running text (perplexity of other text), which needs --data. A
+row of the table is the task's recipe in mechanism/ with what mechanism/rows.yaml changes in it. A
+finished cell is a line of --out at once; the same command goes on where it ended. All rows at the
+first seed come first, then the other seeds. Models stay in --runs, for picks.py, and for other
+questions to them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Ablations:
-    """What mechanism/cpu.yaml holds.
+    """What mechanism/rows.yaml holds.
 
     Attributes:
         folder: where the recipes lie, one a task.
@@ -100,11 +100,14 @@ class Mechanism(Runner):
         self.ablations, self.texts = ablations, texts
 
     def cells(self) -> Iterator[Cell]:
-        """Every row of every task at the first seed, then at the others."""
+        """Every row of every task that has data, at the first seed, then at the others."""
         for seed in self.ablations.seeds:
             for task in self.ablations.tasks:
                 for row in self.ablations.rows:
                     cell = self.ablations.cell(row, task, seed, free=self.args.set)
+                    data: Any = cell.recipe.data
+                    if not isinstance(data, Mqar) and not (data.path or self.args.data):
+                        continue
                     if self.wanted(part=task, method=row, lr=cell.recipe.lr, seed=seed):
                         yield cell
 
@@ -117,7 +120,7 @@ class Mechanism(Runner):
 
         def make(cell: Cell, key: str) -> None:
             with nearest(self.ablations.near(cell.method, cell.part)):
-                row = self.trained(cell) | {"key": key, "size": self.folder.name}
+                row = self.trained(cell) | {"key": key}
                 if "failed" not in row and "diverged" not in row:
                     row |= self.measured(cell, self.evaluate)
             self.append(row)
@@ -213,14 +216,13 @@ def work(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = arguments("mechanism", __doc__ or "")
-    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--texts", nargs="+", help="test texts; default those of the package")
-    parser.set_defaults(grid=None, out=None)
+    parser.add_argument("--texts", nargs="+", help="test texts, no book of --data")
+    parser.set_defaults(grid=HERE / "mechanism" / "rows.yaml")
     args = parser.parse_args()
-    args.grid = args.grid or HERE / "mechanism" / f"{args.size}.yaml"
-    args.out = args.out or RESULTS / f"trained_mechanism_{args.size}.jsonl"
-    if args.size == "gpu" and not (args.data and args.texts):
-        parser.error("--data (a folder of books) and --texts (other books) are needed")
+    if args.data and not args.texts:
+        parser.error("--texts is missing: other books than those of --data")
+    if not args.data:
+        print("no --data, a folder of books: associative recall alone")
     go(args, work)
 
 

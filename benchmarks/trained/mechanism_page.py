@@ -25,10 +25,11 @@ INTRO = """\
 
 Small DMA models that differ from a base in one thing each, trained by `dynmask train` on the same
 batches, and what their scores keep. The recipes are those of `benchmarks/trained/mechanism`; every
-figure stands in `benchmarks/results/trained_mechanism_{size}.jsonl` with its recipe, seed, commit,
-device and time.
+figure stands in `benchmarks/results/trained_mechanism.jsonl` with its recipe, seed, commit, device
+and time.
 
-{size_note}
+**What this is not.** Small models, trained for minutes: they do not say how the rows would stand
+for larger ones or after more text.
 
 **Protocol.** A row of a table is the base's recipe with what its name says. *Keys a row sees* is
 `w`, the nearest keys that are forced in included; *density* is the share of the causal pairs that
@@ -39,24 +40,6 @@ DMA as published has none. There is one learning
 rate, the base's own; a row that wants another is wronged. Batches and, but for `A`, initial
 weights are the same at the same seed.
 
-"""
-
-SIZES = {
-    "cpu": """\
-**What this is not.** These are models of 0.1 and 1.1 million parameters, trained for minutes on a
-shared CPU: they show what the choice of keys does to models that have just begun to learn. None of
-it says how the rows would stand after a real run; [larger models](mechanism.md) are on a page of
-their own.""",
-    "gpu": """\
-**What this is not.** A model of this size, trained once with each change: it does not say how the
-rows would stand for larger ones or after more text. Associative recall has been run
-[on a CPU](mechanism_cpu.md) alone, where the same rows of text stand for models a tenth as large.""",
-}
-
-UNBOUND = """
-**No row is above what naming a value not yet answered gives: none of these models binds a key to
-its value**, and the rows tell how well the values in a row are known. The log says what would let
-them learn it; the recipes of `benchmarks/trained/mqar` follow that.
 """
 
 RECALL = """\
@@ -92,8 +75,7 @@ def page(rows: Sequence[Row], stem: str) -> tuple[str, dict[str, str]]:
     rows = finished(rows)
     if not any("recall" in row or "perplexity" in row for row in rows):
         raise ValueError("there are no finished cells; run mechanism.py first")
-    size = rows[0]["size"]
-    parts = [INTRO.format(size=size, size_note=SIZES[size]), origin(rows) + "\n"]
+    parts = [INTRO, origin(rows) + "\n"]
     pictures: dict[str, str] = {}
     for task in names(rows):
         mine = [row for row in rows if row["part"] == task]
@@ -191,17 +173,10 @@ def on_recall(rows: Sequence[Row]) -> str:
         n=f"{some['recall'][0]['rows']:,}",
         easy=", ".join(f"{100 * _unanswered(n):.0f} % of {n} pairs" for n in counts),
     )
-    binds = any(
-        found["accuracy"] > _unanswered(n)
-        for row in rows
-        if "recall" in row
-        for n, found in zip(counts, row["recall"], strict=True)
-    )
     return "\n".join(
         [
             said,
             table([*head, "against base", "held-out loss"], lines),
-            *([] if binds else [UNBOUND]),
             CHANGED,
             table(
                 [
@@ -505,7 +480,7 @@ def main() -> None:
     from cells import read_rows
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "trained_mechanism_cpu.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "trained_mechanism.jsonl")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     try:

@@ -292,15 +292,21 @@ def tiny_grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mechanism")
     (folder / "tiny").mkdir()
     for task in GRID["tasks"]:
-        path = FOLDER / "mechanism/cpu" / f"{task}.yaml"
+        path = FOLDER / "mechanism" / f"{task}.yaml"
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         raw["model"] |= TINY
+        if task == "text":
+            raw["model"].pop("head_dim")
+            raw["data"] |= {"path": "embedded", "train": "[ch]*", "valid": "perplexity*"}
+        else:
+            raw["model"] |= {"head_dim": 8}
+            raw["data"] |= {"vocab": 64, "pairs": 8}
         raw |= {"phases": [{"length": 64, "steps": 2}], "tokens_per_step": 128}
         raw |= {"log_every": 1, "eval_every": 2, "eval_sequences": 2}
         raw["schedule"]["warmup_steps"] = 1
         (folder / "tiny" / f"{task}.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    (folder / "cpu.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False), encoding="utf-8")
-    return folder / "cpu.yaml"
+    (folder / "rows.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False), encoding="utf-8")
+    return folder / "rows.yaml"
 
 
 def runner(scripts, grid, folder, **changes):
@@ -325,7 +331,7 @@ def test_every_row_is_trained_and_measured_once(scripts, tiny_grid, cells, monke
     ]
     for row in rows:
         assert "failed" not in row, row
-        assert (row["seed"], row["steps"], row["size"]) == (0, 2, "tiny")
+        assert (row["seed"], row["steps"]) == (0, 2)
         assert row["environment"]["commit"]
         assert row["recipe"].get("nearest", 0) == (
             {"recall": 1, "text": 2}[row["part"]] if row["method"].startswith("own") else 0
@@ -366,8 +372,7 @@ def test_forced_keys_take_part_in_training_and_test(scripts, tiny_grid, cells, t
 def test_the_page(scripts, cells, tmp_path):
     rows, _ = cells
     pages = scripts.mechanism_page
-    shown = [row | {"size": "cpu"} for row in rows]
-    pages.write(shown, tmp_path / "made.md")
+    pages.write(rows, tmp_path / "made.md")
     text = (tmp_path / "made.md").read_text(encoding="utf-8")
     for name in GRID["rows"]:
         (recall, words) = ([r for r in rows if r["method"] == name][at] for at in (0, 1))
@@ -393,9 +398,8 @@ def test_density_is_that_of_a_mask(scripts):
     assert scripts.mechanism_page.density(None, 40) == 1
 
 
-@pytest.mark.parametrize("size", ["cpu", "gpu"])
-def test_committed_rows_differ_from_the_base_in_what_they_name(scripts, size):
-    ablations = scripts.mechanism.Ablations.load(FOLDER / "mechanism" / f"{size}.yaml")
+def test_committed_rows_differ_from_the_base_in_what_they_name(scripts):
+    ablations = scripts.mechanism.Ablations.load(FOLDER / "mechanism" / "rows.yaml")
     for task in ablations.tasks:
         base = ablations.cell("base", task, 0, free=[]).named
         for name in ablations.rows:
@@ -447,7 +451,7 @@ def test_a_window_over_half_of_the_keys_leaves_nothing_to_draw(
 
 def test_the_kept_page_is_that_of_the_kept_cells(scripts, tmp_path):
     kept = FOLDER.parents[1] / "docs/results/mechanism.md"
-    rows = scripts.cells.read_rows(scripts.mechanism_page.RESULTS / "trained_mechanism_cpu.jsonl")
+    rows = scripts.cells.read_rows(scripts.cells.RESULTS / "trained_mechanism.jsonl")
     scripts.mechanism_page.write(rows, tmp_path / "mechanism.md")
     assert (tmp_path / "mechanism.md").read_text(encoding="utf-8") == kept.read_text(
         encoding="utf-8"

@@ -57,7 +57,7 @@ def test_trained_from_scratch():
 
 def test_more_nearest_keys():
     """The mechanism page's rows of text, as other pages tell them."""
-    rows = {row["method"]: row for row in lines("trained_mechanism_gpu") if row["part"] == "text"}
+    rows = {row["method"]: row for row in lines("trained_mechanism") if row["part"] == "text"}
     found = {name: f"{row['perplexity']['score']:.1f}" for name, row in rows.items()}
     said = (
         "perplexity is {0[base]} where scores choose all of them, {0[half of them nearest]} where "
