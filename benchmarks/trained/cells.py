@@ -232,6 +232,24 @@ class Runner:
             (folder / "corpus").symlink_to(shared.resolve(), target_is_directory=True)
         with locked(self.runs / "claims" / "corpus"):
             prepare(cell.recipe, folder, path=str(self.args.data))
+        self._same_text(cell, corpus_tokens(folder) or 0)
+
+    def _same_text(self, cell: Cell, tokens: int) -> None:
+        """Cells of one seed are compared with each other: they see the same text.
+
+        Raises:
+            SystemExit: the first that is kept saw another one.
+        """
+        for row in self.rows:
+            alike = (row.get("part"), row.get("seed")) == (cell.part, cell.recipe.seed)
+            if alike and "corpus_tokens" in row:
+                if row["corpus_tokens"] != tokens:
+                    raise SystemExit(
+                        f"--data {self.args.data} has {tokens:,} tokens, and cells of seed "
+                        f"{cell.recipe.seed} in {self.args.out} saw {row['corpus_tokens']:,}: give "
+                        f"the same files, or another --out"
+                    )
+                return
 
     def append(self, row: Row) -> None:
         """Keep a figure.
@@ -284,12 +302,19 @@ def summary(cell: Cell, folder: Path) -> Row:
             if "loss" in e
         ],
     }
-    note = folder / "corpus" / "train" / "corpus.json"
-    if note.exists():
-        width = np.dtype(json.loads(note.read_text(encoding="utf-8"))["dtype"]).itemsize
-        corpus = note.with_name("tokens.bin").stat().st_size // width
+    corpus = corpus_tokens(folder)
+    if corpus:
         made |= {"corpus_tokens": corpus, "epochs": round(tokens / corpus, 4)}
     return made
+
+
+def corpus_tokens(folder: Path) -> int | None:
+    """Tokens of a run's text, if there is one."""
+    note = folder / "corpus" / "train" / "corpus.json"
+    if not note.exists():
+        return None
+    width = np.dtype(json.loads(note.read_text(encoding="utf-8"))["dtype"]).itemsize
+    return note.with_name("tokens.bin").stat().st_size // width
 
 
 def read_sessions(folder: Path) -> list[Row]:

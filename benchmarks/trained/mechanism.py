@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from cells import DEVICE, HERE, RESULTS, Runner, Task, arguments, parameters, tidy
+from cells import DEVICE, HERE, Runner, Task, arguments, parameters, tidy
 from grid import Cell, Grid, Part, Row, digest
 from jobs import go
 from kinds import kinds_of_recall

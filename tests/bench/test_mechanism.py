@@ -303,7 +303,7 @@ def tiny_grid(tmp_path_factory):
             raw["data"] |= {"vocab": 64, "pairs": 8}
         raw |= {"phases": [{"length": 64, "steps": 2}], "tokens_per_step": 128}
         raw |= {"log_every": 1, "eval_every": 2, "eval_sequences": 2}
-        raw["schedule"]["warmup_steps"] = 1
+        raw["schedule"] = {"type": "cosine", "warmup_steps": 1, "floor": 0.02}
         (folder / "tiny" / f"{task}.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     (folder / "rows.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False), encoding="utf-8")
     return folder / "rows.yaml"
@@ -414,6 +414,13 @@ def test_committed_rows_differ_from_the_base_in_what_they_name(scripts):
                 assert len(changed) == (name != "base")
         assert ablations.evaluation[task]["length"] == base["phases"][-1]["length"]
         assert 2 * base["model"]["keep"] < ablations.evaluation[task]["length"]
+
+
+def test_text_waits_for_data(scripts, tmp_path):
+    rows = FOLDER / "mechanism" / "rows.yaml"
+    for data, parts in ((None, {"recall"}), (tmp_path, {"recall", "text"})):
+        made = runner(scripts, rows, tmp_path, data=data)
+        assert {cell.part for cell in made.cells()} == parts
 
 
 def test_the_command_draws_a_model(scripts, cells, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """benchmarks/trained: tiny runs of every method, resumption, the order of cells, and the page."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -396,6 +397,15 @@ def test_scaling_and_past(scripts, books, tmp_path):
         assert not list(model.parent.glob("checkpoint-*"))
         assert (model.parent / "corpus").resolve() == runner.runs / "corpus", "tokenised once"
         assert str(tmp_path) not in json.dumps(row)
+
+    fewer = tmp_path / "fewer"
+    shutil.copytree(books, fewer)
+    (fewer / "train-0.txt").unlink()
+    given = arguments(tmp_path, data=fewer, runs=tmp_path / "other", only=["method=mha"])
+    more = dataclasses.replace(grid, parts=(dataclasses.replace(grid.parts[0], lrs=(0.02,)),))
+    with pytest.raises(SystemExit, match="give the same files, or another --out"):
+        scripts.cells.Runner(more, sizes, given).run(evaluate, keep=True)
+    assert scripts.cells.read_rows(runner.args.out) == first
 
     recipe = yaml.safe_load((FOLDER / "past/continue.yaml").read_text(encoding="utf-8"))
     recipe |= {"phases": [{"length": 128, "steps": 2}], "tokens_per_step": 256}
