@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output=output,
     )
     plan = MaskPlan.load(folder / "plan")
-    output.say("2  LongEval, recall, needles, perplexity: full, static, dynamic, gated")
+    output.say("2  LongEval, recall, needles, perplexity: full, static, dynamic, auto")
     quality = []
     for mode in MODES:
         with output.progress(mode) as progress:

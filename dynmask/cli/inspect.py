@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     for length in lengths:
         output.say(
             f"density at {length:,} tokens: static {_percent(density['static'][length])}, "
-            f"gated {_percent(density['auto'][length])}"
+            f"auto at most {_percent(density['auto'][length])}"
         )
     output.finish(
         {
@@ -82,11 +82,11 @@ def print_plan(
     output.say(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim")
     rows = []
     for row, (index, layer) in enumerate(plan.layers.items()):
-        dense = int(layer.gate.sum())
+        gated = int(layer.gate.sum())
         rows.append(
             [
                 str(index),
-                f"{dense} of {layer.heads}",
+                f"{gated} of {layer.heads}",
                 _range([len(item) for item in layer.columns]),
                 _range([len(item) for item in layer.offsets]),
                 f"{100 * float(layer.coverage.mean()):.1f}",
@@ -94,12 +94,12 @@ def print_plan(
                 *(f"{100 * float(static[length][row].mean()):.1f}" for length in lengths),
             ]
         )
-    columns = ["layer", "dense\nheads", "columns", "offsets", "coverage\n%", "worst\nrows %"]
+    columns = ["layer", "gated\nheads", "columns", "offsets", "coverage\n%", "worst\nrows %"]
     columns += [f"density\n% {length}" for length in lengths]
     output.table("", columns, rows)
-    dense = sum(int(layer.gate.sum()) for layer in plan.layers.values())
+    gated = sum(int(layer.gate.sum()) for layer in plan.layers.values())
     heads = sum(layer.heads for layer in plan.layers.values())
-    output.say(f"{heads - dense} of {heads} heads static, {dense} dense in mode auto")
+    output.say(f"in mode auto {heads - gated} of {heads} heads are static, {gated} (gated) dynamic")
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -7,8 +7,6 @@ from dynmask.report import Results
 from dynmask.report.html import interval_text, percent, score_text
 from dynmask.report.tables import below_full, by_task, mode_order
 
-_WORDS = {"auto": "gated"}
-
 
 def print_results(output: Output, results: Results) -> None:
     """Print the quality and the speed table, whichever has rows."""
@@ -30,7 +28,7 @@ def _quality(output: Output, results: Results) -> None:
             rows.append(
                 [
                     task if index == 0 else "",
-                    _WORDS.get(row.mode, row.mode) + (" −" if below_full(row, full) else ""),
+                    row.mode + (" −" if below_full(row, full) else ""),
                     score_text(row),
                     interval_text(row),
                     str(row.n),
@@ -52,7 +50,7 @@ def _speed(output: Output, results: Results) -> None:
     rows = [
         [
             f"{row.length} tokens" if row.mode == "full" else "",
-            _WORDS.get(row.mode, row.mode) + (" −" if row.ratio < 1 else ""),
+            row.mode + (" −" if row.ratio < 1 else ""),
             f"{row.seconds:.3f}",
             f"{row.ratio:.2f} ×",
             f"{row.ratio_spread[0]:.2f}–{row.ratio_spread[1]:.2f}",

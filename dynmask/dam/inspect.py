@@ -20,9 +20,10 @@ def inspect_plan(plan: MaskPlan) -> dict[str, Any]:
         plan: The plan.
 
     Returns:
-        `dynmask`, `created`, `fingerprint`, `settings`, `data`; `heads` and `dense_heads` of all
-        layers; `density`: mode to length (as text) to the mean over heads; and `layers`, one dict
-        each: `layer`, `heads`, `dense_heads`, `density` as above, and per head `columns` and
+        `dynmask`, `created`, `fingerprint`, `settings`, `data`; `heads` and `gated_heads` of all
+        layers; `density`: mode to length (as text) to the mean over heads, where `auto` counts
+        gated heads as dense, the most that their dynamic masks can show; and `layers`, one dict
+        each: `layer`, `heads`, `gated_heads`, `density` as above, and per head `columns` and
         `offsets` (their number), `coverage`, `tail_coverage`, `corner_coverage`, `gate`.
     """
     layers = []
@@ -40,7 +41,7 @@ def inspect_plan(plan: MaskPlan) -> dict[str, Any]:
             {
                 "layer": index,
                 "heads": layer.heads,
-                "dense_heads": int(layer.gate.sum()),
+                "gated_heads": int(layer.gate.sum()),
                 "density": density,
                 "columns": [len(item) for item in layer.columns],
                 "offsets": [len(item) for item in layer.offsets],
@@ -57,7 +58,7 @@ def inspect_plan(plan: MaskPlan) -> dict[str, Any]:
         "settings": plan.settings.to_dict(),
         "data": plan.data,
         "heads": sum(layer.heads for layer in plan.layers.values()),
-        "dense_heads": sum(int(layer.gate.sum()) for layer in plan.layers.values()),
+        "gated_heads": sum(int(layer.gate.sum()) for layer in plan.layers.values()),
         # Every layer has the same number of heads, so the mean of means is the mean over heads.
         "density": {
             mode: {length: total / len(layers) for length, total in of_mode.items()}

@@ -197,7 +197,10 @@ class MaskPlan:
         return mask if device is None else mask.to(device)
 
     def density(self, length: int, mode: str) -> Tensor:
-        """Return visible over causal pairs at a length, `[n_layers, H]` float64."""
+        """Return visible over causal pairs at a length, `[n_layers, H]` float64.
+
+        In mode `auto` gated heads count as dense: what they read depends on the input.
+        """
         return torch.stack([self.stripes(layer, mode).density(length) for layer in self.layers])
 
     def with_coverage(self, target: float) -> MaskPlan:

@@ -22,7 +22,7 @@ MODES = {
     "full": "full attention",
     "static": "DAM static",
     "dynamic": "DAM dynamic",
-    "auto": "DAM gated",
+    "auto": "DAM auto",
     "dense": "all dense",
 }
 

@@ -145,7 +145,7 @@ def test_with_coverage_gates_again(plan, target):
 def test_inspect_is_json_and_adds_up(plan):
     summary = json.loads(json.dumps(plan.inspect(), allow_nan=False))
     assert summary["heads"] == 4
-    assert summary["dense_heads"] == sum(layer["dense_heads"] for layer in summary["layers"]) == 2
+    assert summary["gated_heads"] == sum(layer["gated_heads"] for layer in summary["layers"]) == 2
     assert [layer["layer"] for layer in summary["layers"]] == [0, 2]
     for length in (4096, 16384, 65536):
         for mode in ("static", "auto"):

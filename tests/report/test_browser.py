@@ -233,7 +233,7 @@ def test_sorting_keeps_groups_and_puts_missing_values_last(visit):
         "Needles, 8192 tokens",
         "Perplexity, 8192 tokens",
     ]
-    assert rows[0][1:] == ["DAM static", "DAM gated", "full attention"]
+    assert rows[0][1:] == ["DAM static", "DAM auto", "full attention"]
     assert rows[2][1:] == ["full attention", "DAM static"]
     browser.click("#quality thead th:nth-child(3) button")
     assert column(browser, "#quality tbody:last-of-type", 0)[-1].startswith("DAM static")

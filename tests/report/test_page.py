@@ -178,7 +178,7 @@ def test_losing_modes_are_marked_and_others_are_not(plan, results):
         ("DAM static", "worse"),
         ("DAM static", "worse"),
         ("DAM static", "worse"),
-        ("DAM gated", "slower"),
+        ("DAM auto", "slower"),
     ]
 
 
