@@ -61,9 +61,10 @@ SCALING = """\
 Running text of books; trained and measured on 4,096 tokens, where SWA, NSA and DMA read 512 keys
 a row (NSA compressed ones besides). Parameters differ by less than 1 %. *Against MHA* is the
 relative change of the perplexity, window by window on the same text and at the same seed, with a
-95 % interval from the scatter of the windows: that of the seeds comes on top. Attention is torch's
-SDPA (MHA, SWA, MLA) or this package's engine; `compiled` in the raw figures says whether layers ran
-under torch.compile.
+95 % interval from the scatter of the windows: that of the seeds comes on top. Runs that had less
+text than others are named; a mean over seeds and the choice of a rate take both kinds as they are.
+Attention is torch's SDPA (MHA, SWA, MLA) or this package's engine; `compiled` in the raw figures
+says whether layers ran under torch.compile.
 """
 
 PAST = """\

@@ -1,5 +1,6 @@
 """What the README and docs say of trained methods, and beside the papers, is in the kept JSON."""
 
+import math
 import statistics
 
 from kept_results import cells, document, lines, text
@@ -20,6 +21,19 @@ def perplexities():
     """Of 10M parameters, each seed's."""
     runs = chosen("scaling", "10M", lambda row: row["valid_loss"])
     return {name: [row["perplexity"]["score"] for row in mine] for name, mine in runs.items()}
+
+
+def above_full():
+    """How much higher perplexity is than full attention's, window by window at the same seeds."""
+    runs = chosen("scaling", "10M", lambda row: row["valid_loss"])
+    loss = {
+        name: {row["seed"]: statistics.fmean(row["perplexity"]["rows"]) for row in mine}
+        for name, mine in runs.items()
+    }
+    return {
+        name: math.expm1(statistics.fmean(each[seed] - loss["mha"][seed] for seed in each))
+        for name, each in loss.items()
+    }
 
 
 def right(row):
@@ -51,8 +65,14 @@ def test_trained_from_scratch():
     readme = text("README.md")
     assert said.format(**found, low=min(each["mha"]), high=max(each["mha"])) in readme
     assert "; {dma_window} with [`DmaConfig(window=256)`]".format(**found) in readme
+    limits = text("docs/guide/limits.md")
     said = "perplexity {dma} against {mha} with full attention and {dma_window} with a `window`"
-    assert said.format(**found) in text("docs/guide/limits.md")
+    assert said.format(**found) in limits
+    more = above_full()
+    said = "DMA is {dma:.0%} above full attention, with the window {dma_window:.0%}."
+    assert said.format(**more).replace("%", " %") in readme
+    said = "perplexity is {dma:.0%} higher, with a `window` {dma_window:.0%}, seed"
+    assert said.format(**more).replace("%", " %") in limits
 
 
 def test_more_nearest_keys():
