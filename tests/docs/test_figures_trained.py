@@ -84,7 +84,10 @@ def test_more_nearest_keys():
         "half of them are the nearest, {0[all but one nearest]} where all but one are, and "
         "{0[all keys]} with all 4,096"
     )
-    assert said.format(found) in text("docs/dma.md")
+    page = text("docs/dma.md")
+    assert said.format(found) in page
+    said = "full attention without scores, at its own best rate, is at {mha} "
+    assert said.format(**means(perplexities())) in page
 
 
 def test_associative_recall():
