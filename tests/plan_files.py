@@ -22,3 +22,13 @@ def forge(folder, change):
     body = json.loads(path.read_text())
     change(body)
     path.write_text(json.dumps(sign(body)))
+
+
+def forge_tensors(folder, content):
+    """Put other bytes in the tensors' place, with hashes that fit."""
+    tensors_file(folder).unlink()
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"tensors-{digest[:16]}.safetensors"
+    (folder / name).write_bytes(content)
+    record = {"file": name, "bytes": len(content), "sha256": digest}
+    forge(folder, lambda body: body.update(tensors=record))

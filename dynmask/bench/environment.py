@@ -32,7 +32,7 @@ def environment(device: str) -> dict[str, Any]:
 def describe(device: str) -> dict[str, Any]:
     """Return what the device is; a CPU's figures are marked as no measurement of a kernel."""
     if device == "cpu":
-        return {"type": "cpu", "name": _processor(), "threads": torch.get_num_threads()}
+        return {"type": "cpu", "name": processor(), "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "type": "cuda",
@@ -125,7 +125,8 @@ def _median(clock: Clock, run: Run) -> float:
     return Times.of([clock.seconds(run) for _ in range(9)]).median
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name as the system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import struct
@@ -6,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_files import forge, sign, tensors_file
+from plan_files import forge, forge_tensors, sign, tensors_file
 from safetensors.torch import load_file, save
 
 from dynmask.dam import MaskPlan, check_writable, store
@@ -20,16 +19,6 @@ def folder(plan, tmp_path):
 
 def body_of(folder):
     return json.loads((folder / "plan.json").read_text())
-
-
-def forge_tensors(folder, content):
-    """Put other bytes in the tensors' place, with hashes that fit."""
-    tensors_file(folder).unlink()
-    digest = hashlib.sha256(content).hexdigest()
-    name = f"tensors-{digest[:16]}.safetensors"
-    (folder / name).write_bytes(content)
-    record = {"file": name, "bytes": len(content), "sha256": digest}
-    forge(folder, lambda body: body.update(tensors=record))
 
 
 def snapshot(folder):

@@ -10,7 +10,7 @@ import struct
 
 import pytest
 from dying import child, out_of_memory_at
-from plan_files import forge, tensors_file
+from plan_files import forge, forge_tensors, tensors_file
 
 from dynmask.dam import MaskPlan, check_writable
 
@@ -21,15 +21,6 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def folder(plan, tmp_path):
     plan.save(tmp_path / "plan")
     return tmp_path / "plan"
-
-
-def forge_tensors(folder, content):
-    tensors_file(folder).unlink()
-    digest = hashlib.sha256(content).hexdigest()
-    name = f"tensors-{digest[:16]}.safetensors"
-    (folder / name).write_bytes(content)
-    record = {"file": name, "bytes": len(content), "sha256": digest}
-    forge(folder, lambda body: body.update(tensors=record))
 
 
 def refused(folder, message=""):
