@@ -18,12 +18,13 @@ import torch
 import transformers
 from claims import claim, locked
 from grid import Cell, Grid, Part, Row, digest, in_order
-from jobs import OutOfTime, cores
+from jobs import OutOfTime
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynmask.dma
 import dynmask.train.variants  # noqa: F401  (makes its models known, as the line before)
 from dynmask.bench.environment import environment
+from dynmask.report.machine import usable_cores
 from dynmask.train.prepare import prepare
 from dynmask.train.run import train
 from dynmask.train.trainer import NonFiniteLossError
@@ -275,7 +276,7 @@ def surroundings(args: argparse.Namespace) -> Row:
 
 def loaders(jobs: int) -> int:
     """Processes that make a run's batches while so many runs share the cores."""
-    return min(8, max(1, cores() // jobs - 1)) if DEVICE == "cuda" else 0
+    return min(8, max(1, usable_cores() // jobs - 1)) if DEVICE == "cuda" else 0
 
 
 def summary(cell: Cell, folder: Path) -> Row:

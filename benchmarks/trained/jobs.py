@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from dynmask.report.machine import usable_cores
+
 Work = Callable[[argparse.Namespace], None]
 
 LATE = 3
@@ -74,7 +76,7 @@ def _spread(args: argparse.Namespace, work: Work) -> list[Any]:
 
 
 def _alone(args: argparse.Namespace, work: Work) -> None:
-    torch.set_num_threads(max(1, cores() // args.jobs))
+    torch.set_num_threads(max(1, usable_cores() // args.jobs))
     if not _in_time(args, work):
         sys.exit(LATE)
 
@@ -86,10 +88,3 @@ def _in_time(args: argparse.Namespace, work: Work) -> bool:
     except OutOfTime:
         return False
     return True
-
-
-def cores() -> int:
-    """CPU cores that this process may use: fewer than all under ``taskset``."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

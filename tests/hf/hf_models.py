@@ -119,3 +119,12 @@ def snapshot(model: nn.Module):
 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(side: str, lengths: tuple[int, ...], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of rows of these lengths, padded on a side to a size."""
+    ids = random_ids(len(lengths), size)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, size - length if side == "left" else 0 : None if side == "left" else length] = 1
+    return ids * mask, mask

@@ -11,6 +11,7 @@ from features import lacks_compile, needs
 from hf_models import (
     make_model,
     make_plan,
+    padded,
     planned_mask,
     random_ids,
     snapshot,
@@ -59,14 +60,6 @@ def logits(model, ids, attention_mask=None, **kwargs):
         kwargs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
         return model(ids, attention_mask=attention_mask, **kwargs).logits
-
-
-def padded(side: str, lengths: tuple[int, ...], size: int):
-    ids = random_ids(len(lengths), size)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, size - length if side == "left" else 0 : None if side == "left" else length] = 1
-    return ids * mask, mask
 
 
 @pytest.mark.parametrize("mode", ["static", "auto", "dense"])

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from hf_models import make_model, make_plan, random_ids, snapshot
+from hf_models import make_model, make_plan, padded, random_ids, snapshot
 from transformers import DynamicCache, StaticCache
 
 from dynmask.dam.dynamic import Dynamic, dynamic_attention
@@ -27,14 +27,6 @@ def logits(model, ids, mask=None, **kwargs):
         kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
         return model(ids, attention_mask=mask, **kwargs).logits
-
-
-def padded(side, lengths, size):
-    ids = random_ids(len(lengths), size)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, size - length if side == "left" else 0 : None if side == "left" else length] = 1
-    return ids * mask, mask
 
 
 def with_gate(plan, gate):
