@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py [--parts prefill tensor train]
         [--length 262144] [--chunk 32768] [--split-length 32768] [--models dense dynamic dma]
-        [--sizes 80M 680M 1.7B] [--sharing ddp fsdp fsdp-kept] [--rounds 10] [--out FILE]
+        [--sizes 80M 680M 1.7B] [--sharing ddp fsdp] [--rounds 10] [--out FILE]
 
 Each part is timed on one GPU, while the others wait, then on all, in one run; times are wall clock
 of the slowest process between two synchronized points, medians with quartiles. FILE is written
@@ -24,8 +24,7 @@ last logits of both must agree.
 train: `dynmask train`'s step (as in train_speed.py: bf16 autocast over fp32 weights, compiled
 layers and loss, fused AdamW, recomputation from 1B parameters on), 32,768 tokens in one sequence
 for each process, replicated (DDP) and sharded by accelerate as `dynmask train` has it (FSDP2:
-gathered in bfloat16, gradients summed in float32); `fsdp-kept` does not drop a layer's gathered
-weights between forward and backward. The work of a process stays the same, so
+gathered in bfloat16, gradients summed in float32). The work of a process stays the same, so
 efficiency is one GPU's time over theirs. Before, the losses of the first process must agree.
 
 `--device cpu` shows with gloo on tiny models that this runs, no more.
@@ -62,7 +61,7 @@ from dynmask.train.trainer import weighted_loss
 # of 80M on 1,024 tokens by 8e-4.
 LOSS_BOUND = 1e-2
 PARTS = ["prefill", "tensor", "train"]
-SHARING = ["ddp", "fsdp", "fsdp-kept"]
+SHARING = ["ddp", "fsdp"]
 
 
 def prefill(
@@ -129,7 +128,7 @@ class Training:
         if sharing == "ddp":
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         elif sharing is not None:
-            model = shard(model, self.device, kept=sharing == "fsdp-kept")
+            model = shard(model, self.device)
         self.model = model.train()
         self.loss = torch.compile(weighted_loss) if on_gpu else weighted_loss
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
@@ -148,7 +147,7 @@ class Training:
         return loss.detach()
 
 
-def shard(model: nn.Module, device: torch.device, *, kept: bool) -> nn.Module:
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """Shard a model by accelerate, with the arguments of `dynmask train`."""
     # Not public, so that only what needs it fails without it.
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -156,8 +155,6 @@ def shard(model: nn.Module, device: torch.device, *, kept: bool) -> nn.Module:
 
     arguments = training_arguments(Recipe.load("80M"), Path("unused"), workers=0, fsdp=True)
     plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
-    if kept:
-        plugin.reshard_after_forward = False
     # What it reads of an Accelerator, which refuses a CPU.
     settings = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
@@ -209,7 +206,7 @@ def main() -> None:
     parser.add_argument("--split-length", type=int, help="of tensor's prompt; default 32768")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of tensor")
     parser.add_argument("--sizes", nargs="+", help="to train: 80M, 200M, 680M, 1.7B; default 80M")
-    parser.add_argument("--sharing", nargs="+", choices=SHARING, default=SHARING[:2])
+    parser.add_argument("--sharing", nargs="+", choices=SHARING, default=SHARING)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path)

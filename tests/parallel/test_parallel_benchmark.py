@@ -33,11 +33,11 @@ def names(cells):
 
 
 def test_every_part(tmp_path):
-    done, found = launch(tmp_path / "out.json", "--sharing", "ddp", "fsdp", "fsdp-kept")
+    done, found = launch(tmp_path / "out.json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (found["complete"], found["failed"], found["processes"]) == (True, [], 2)
     tensor = ["tensor dense", "tensor dynamic", "tensor dma"]
-    train = ["train tiny ddp", "train tiny fsdp", "train tiny fsdp-kept"]
+    train = ["train tiny ddp", "train tiny fsdp"]
     assert names(found["cells"]) == ["prefill", *tensor, *train]
     for cell in found["cells"]:
         alone, together = (cell[side]["median"] for side in ("alone", "together"))
