@@ -1,9 +1,10 @@
-"""Inference time of the models that mqar.py trained, all methods of a part in turn in one process.
+"""Inference time of the models of mqar.py, all methods of a part in turn in one process.
 
     python benchmarks/trained/mqar_times.py --runs runs --only part="d128, 512 pairs"
 
-Of each method the run of best accuracy so far at the first seed is taken; its model must lie
-in --runs. The times of a part are a line of --out. Nothing else may run on the GPU meanwhile.
+Of each method the run of best accuracy so far at the first seed is taken: its model in --runs, or
+one of its recipe with initial weights if there is none, which is noted. The times of a part are a
+line of --out. Nothing else may run on the GPU meanwhile.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 import transformers
 from cells import DEVICE, Runner, append, arguments, free, loaded, surroundings
-from grid import Grid, Part, Row, best_so_far, digest
+from grid import Cell, Grid, Part, Row, best_so_far, digest
 from jobs import begin
 from mqar import SEED
 
 from dynmask.bench.timing import Clock, Run, measure
-from dynmask.train.fields import read
+from dynmask.train.models import build_model
 from dynmask.train.mqar import Mqar, Recall
 from dynmask.train.source import Step
 
@@ -28,21 +29,40 @@ USED = 2 << 30
 """Bytes on a GPU, before a model is there, that only another process can have taken."""
 
 
-def found(runner: Runner, part: Part) -> tuple[dict[str, Row], dict[str, str]]:
-    """The runs of a part whose models are there, by method, and why others are left out."""
-    runs, missing = {}, {}
+def found(runner: Runner, part: Part) -> tuple[dict[str, Cell], dict[str, str]]:
+    """The best runs of a part, by method, and why others are left out."""
+    cells, missing = {}, {}
     for method in runner.grid.methods:
         run = best_so_far(runner.rows, part, method)
-        lr = run["lr"] if run else ""
-        if not runner.wanted(part=part.name, method=method, lr=lr, seed=part.seeds[0]):
+        lr, seed = run["lr"] if run else "", part.seeds[0]
+        if not runner.wanted(part=part.name, method=method, lr=lr, seed=seed):
             continue
         if run is None:
             missing[method] = "no finished run"
-        elif not (runner.runs / run["run"] / "model").is_dir():
-            missing[method] = f"the model of the run at rate {run['lr']:g} is not there"
         else:
-            runs[method] = run
-    return runs, missing
+            cells[method] = runner.grid.cell(
+                runner.folder, part, method, run["lr"], seed, free=runner.args.set
+            )
+    return cells, missing
+
+
+def is_trained(runner: Runner, cell: Cell) -> bool:
+    """Whether the model of a run is there."""
+    return (runner.runs / cell.key / "model").is_dir()
+
+
+def model_of(runner: Runner, cell: Cell) -> Any:
+    """The trained model of a run, or one of its recipe with initial weights."""
+    if is_trained(runner, cell):
+        return loaded(runner.runs / cell.key / "model")[0]
+    model = build_model(cell.recipe, vocab_size=task_of(cell).vocab_size)
+    return model.to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32).eval()
+
+
+def task_of(cell: Cell) -> Mqar:
+    """What its rows hold, with as many pairs as fit."""
+    assert isinstance(cell.recipe.data, Mqar)
+    return dataclasses.replace(cell.recipe.data, fewest=None)
 
 
 def timed(models: dict[str, Any], task: Mqar, length: int, *, tokens: int, rounds: int) -> Row:
@@ -73,41 +93,40 @@ def timed(models: dict[str, Any], task: Mqar, length: int, *, tokens: int, round
     return row | ({"failed": failed} if failed else {})
 
 
-def row_of(runner: Runner, part: Part, runs: dict[str, Row]) -> Row:
+def row_of(runner: Runner, part: Part, cells: dict[str, Cell]) -> Row:
     """The times of a part at every length."""
     grid = runner.grid
-    models = {method: loaded(runner.runs / run["run"] / "model")[0] for method, run in runs.items()}
-    kept = next(iter(runs.values()))["recipe"]["data"]
-    task = read(Mqar, {name: value for name, value in kept.items() if name != "type"}, "data")
-    task = dataclasses.replace(task, fewest=None)
+    models = {method: model_of(runner, cell) for method, cell in cells.items()}
+    task = task_of(next(iter(cells.values())))
     with torch.no_grad():
         times = [timed(models, task, at, **grid.times) for at in grid.evaluation["lengths"]]
     return {
         "experiment": grid.experiment,
         "part": part.name,
         "runs": {
-            method: {"run": run["run"], "lr": run["lr"], "seed": run["seed"]}
-            for method, run in runs.items()
+            method: {"run": cell.key, "lr": cell.recipe.lr, "seed": cell.recipe.seed}
+            for method, cell in cells.items()
         },
+        "initial": [method for method, cell in cells.items() if not is_trained(runner, cell)],
         "times": times,
         "environment": surroundings(runner.args),
     }
 
 
 def work(runner: Runner) -> None:
-    """Time all parts that have models and are not there yet."""
+    """Time all parts that have runs and are not there yet."""
     for part in runner.grid.parts:
-        runs, missing = found(runner, part)
+        cells, missing = found(runner, part)
         for method, why in missing.items():
             print(f"{part.name} {method}: {why}; left out")
-        if not runs:
+        if not cells:
             continue
-        keys = {method: run["run"] for method, run in runs.items()}
+        keys = {method: [cell.key, is_trained(runner, cell)] for method, cell in cells.items()}
         key = digest([part.name, keys, runner.grid.evaluation["lengths"], runner.grid.times])
         if runner.has(key):
             print(f"{part.name}: the times of these models are there")
             continue
-        row = row_of(runner, part, runs) | {"key": key, "missing": missing}
+        row = row_of(runner, part, cells) | {"key": key, "missing": missing}
         append(runner.args.out, row)
         free()
         for at in row["times"]:

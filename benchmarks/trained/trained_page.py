@@ -49,12 +49,13 @@ is right once in as many as there are pairs. A model has 2 layers and is trained
 selector such as DMA's can keep all values as long as there are at most 512; beyond, it has to drop
 some before it knows which are asked for.
 
-Times are of the models as they were trained, in turn in one process on a GPU of their own: MHA, SWA
+Times are of all methods in turn in one process on a GPU of its own: MHA, SWA
 and MLA by transformers with torch's SDPA (SWA's window is a mask to it, whose hidden part it
 computes), NSA and DMA on this package's engine, NSA's compressed branch and its choice of blocks in
 plain torch. *Against MHA* is the ratio of two medians of that process: below 1 is faster than MHA;
 in brackets the widest range that the quartiles allow. The raw figures name the runs
-that were timed.
+that were timed; a model that was no longer there is one of the same recipe with initial weights,
+which decide only DMA's lists of keys.
 """
 
 SCALING = """\
@@ -224,11 +225,13 @@ def times(row: Row) -> str:
         lines.append([NAMES[method], *cells])
     tokens = max(at["batch"] * at["length"] for at in each)
     absent = [f"{NAMES[method]} ({why})" for method, why in row["missing"].items()]
+    initial = [NAMES[method] for method in row.get("initial", ())]
     return "\n".join(
         [
             f"Milliseconds of a forward pass over {tokens:,} tokens in rows of the length, and "
             "against MHA:\n",
             table(["method", *(f"{at['length']:,} tokens" for at in each)], lines),
+            *([f"With initial weights: {', '.join(initial)}.\n"] if initial else []),
             *([f"Not timed: {', '.join(absent)}.\n"] if absent else []),
         ]
     )

@@ -167,13 +167,15 @@ def test_methods_are_timed_together(scripts, recall, capsys):
     assert "are there" in capsys.readouterr().out
 
     # Its model is gone, and its cells are as they were.
+    assert row["initial"] == []
     shutil.rmtree(first.runs / best["mha"]["run"] / "model")
     scripts.mqar_times.work(recall.make(lrs=[0.01, 0.02]))
-    assert set(first.rows[-1]["runs"]) == {"dma"}
+    assert first.rows[-1]["initial"] == ["mha"]
+    assert set(first.rows[-1]["times"][0]["seconds"]) == {"mha", "dma"}
     cells = list(recall.make(lrs=[0.01, 0.02], seeds=(0, 1)).cells())
     assert [(c.method, c.recipe.seed) for c in cells[-2:]] == [("mha", 1), ("dma", 1)]
     text, _ = scripts.trained_page.page({"mqar": first.rows})
-    assert "Not timed: MHA (the model of the run at rate" in text
+    assert "With initial weights: MHA.\n" in text
 
 
 def test_ratios_are_those_of_one_process(scripts):

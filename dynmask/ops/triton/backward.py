@@ -23,6 +23,7 @@ from dynmask.ops.triton.common import (
     dkdv_tiles,
     dot_precision,
     dq_tiles,
+    fit_rows,
     int32_offsets,
     on_hopper,
     padded_dim,
@@ -237,9 +238,7 @@ def query_gradient(
         shape = {"ROWS": hopper_dq.ROWS, "BLOCK_N": hopper_dq.BLOCK_N, "num_warps": 4}
         hopper_dq.dq_kernel[grid](*arguments, **common, **walk, **shape)
         return dq
-    block_m, block_n, warps, stages = dq_tiles(q)
-    if packed < block_m:
-        block_m, warps = max(16, triton.next_power_of_2(packed)), 4
+    block_m, block_n, warps, stages = fit_rows(q, packed, dq_tiles(q))
     dq_kernel[tiles * triton.cdiv(packed, block_m), batch * groups](
         *arguments,
         **common,

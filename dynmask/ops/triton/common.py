@@ -69,6 +69,25 @@ def dkdv_tiles(q: Tensor) -> tuple[int, int, int, int]:
     return 32, 64, 8, 2
 
 
+def fit_rows(q: Tensor, packed: int, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Return rows, keys, warps and stages of a program for a tile of ``packed`` rows.
+
+    A tile of few rows leaves most of a large program idle: one of 16 rows, each with a list of its
+    own, took 17.2 ms in 128 rows and 3.1 ms in 16 rows and one warp (65,536 rows, head size 64).
+
+    Args:
+        q: ``[B, H, Q, D]``.
+        packed: Rows of the tile, those of all query heads of a kv head.
+        shape: What programs have where there are rows enough.
+    """
+    rows, keys, _, stages = shape
+    if packed >= rows:
+        return shape
+    if packed <= 16 and q.dtype != torch.float32 and padded_dim(q.shape[-1]) <= 128:
+        return 16, 32, 1, 3
+    return max(16, triton.next_power_of_2(packed)), keys, 4, stages
+
+
 def incoming(
     out: Tensor, grad: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from dynmask.masks.triton.schedule import TILE, TileLists
 from dynmask.ops.triton.common import (
     LOG2E,
     dot_precision,
+    fit_rows,
     forward_tiles,
     int32_offsets,
     padded_dim,
@@ -58,7 +59,10 @@ def forward(
         tile = _SHORT_TILE
     t0 = (k_len - q_len) // tile
     tiles = triton.cdiv(k_len, tile) - t0
-    block_m, block_n, warps, stages = forward_tiles(q, short=short)
+    shape = forward_tiles(q, short=short)
+    if lists is not None:
+        shape = fit_rows(q, tile * ratio, shape)
+    block_m, block_n, warps, stages = shape
     parts = triton.cdiv(tile * ratio, block_m)
     _forward_kernel[(tiles * parts, batch * groups)](
         q,
