@@ -16,7 +16,7 @@ from typing import Any
 from grid import Row, shortfall
 
 RESULTS = Path(__file__).parents[1] / "results"
-EXPERIMENTS = ("mqar", "scaling", "past")
+EXPERIMENTS = ("mqar", "scaling", "scaling_again", "past")
 NAMES = {
     "mha": "MHA",
     "swa": "SWA",
@@ -62,17 +62,19 @@ SCALING = """\
 Running text of books; trained and measured on 4,096 tokens, where SWA, NSA and DMA read 512 keys
 a row (NSA compressed ones besides). Parameters differ by less than 1 %. *Against MHA* is the
 relative change of the perplexity, window by window on the same text and at the same seed, with a
-95 % interval from the scatter of the windows: that of the seeds comes on top. Runs that had less
-text than others are named; a mean over seeds and the choice of a rate take both kinds as they are.
+95 % interval from the scatter of the windows: that of the seeds comes on top. Runs that had another
+amount of text than most of their seed are named; a mean over seeds and the choice of a rate take
+all as they are.
 Attention is torch's SDPA (MHA, SWA, MLA) or this package's engine; `compiled` in the raw figures
 says whether layers ran under torch.compile.
 """
 
 PAST = """\
-The models above, trained on for 1,200 steps on records of lines and needles with questions at up to
-4,096 tokens (keys, numbers and books of the test are others), then asked at greedy decoding, as
+Models of the recipes above (where a run was made twice, those of the second), trained on for 1,200
+steps on records of lines and needles with questions at up to 4,096 tokens (keys, numbers and books
+of the test are others), most of them in rows of 512, then asked at greedy decoding, as
 `dynmask eval` does. Nothing else is done for lengths beyond: RoPE's base is 500,000 throughout.
-Intervals are Wilson's, 95 %.
+DMA keeps 512 keys a row: in most of its training it had none to drop. Intervals are Wilson's, 95 %.
 """
 
 
@@ -96,6 +98,7 @@ def page(rows: dict[str, list[Row]]) -> tuple[str, dict[str, str]]:
     if found := rows.get("scaling"):
         parts += ["## Perplexity by size\n", SCALING, origin(found), ""]
         parts += [scaling(part, [r for r in found if r["part"] == part]) for part in names(found)]
+        parts += [repeated(found, rows.get("scaling_again", []))]
     if found := rows.get("past"):
         parts += ["## Past the trained length\n", PAST, origin(found), ""]
         for part in names(found):
@@ -279,20 +282,47 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
 
 
 def epochs(rows: Sequence[Row]) -> str:
-    """How often runs saw their text, and which runs had less of it than others."""
-    runs: dict[int, list[Row]] = {}
-    for row in rows:
+    """How often the runs of a seed saw their text, and which of them had another amount of it."""
+    seeds: dict[int, dict[int, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: (row["seed"], row["method"], row["lr"])):
         if "corpus_tokens" in row:
-            runs.setdefault(row["corpus_tokens"], []).append(row)
-    most, *less = sorted(runs, reverse=True)
-    said = f"{runs[most][0]['epochs']:.2f} epochs of {most / 1e6:.1f}M tokens of books"
-    for size in less:
-        which = ", ".join(
-            f"{NAMES[row['method']]} at {row['lr']:g} seed {row['seed']}"
-            for row in sorted(runs[size], key=lambda row: (row["seed"], row["method"]))
-        )
-        said += f", but {runs[size][0]['epochs']:.2f} epochs of {size / 1e6:.1f}M for {which}"
-    return said
+            seeds.setdefault(row["seed"], {}).setdefault(row["corpus_tokens"], []).append(row)
+    said: dict[str, list[int]] = {}
+    for seed, amounts in seeds.items():
+        (_, most), *others = sorted(amounts.items(), key=lambda each: -len(each[1]))
+        text = _amount(most)
+        for _, few in others:
+            which = ", ".join(f"{NAMES[row['method']]} at {row['lr']:g}" for row in few)
+            text += f", but {_amount(few)} for {which}"
+        said.setdefault(text, []).append(seed)
+    if len(said) == 1:
+        return next(iter(said))
+    of = {text: f"seed{'s' * (len(s) > 1)} {' and '.join(map(str, s))}" for text, s in said.items()}
+    return "; ".join(f"{of[text]}: {text}" for text in said)
+
+
+def _amount(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    return f"{row['epochs']:.2f} epochs of {row['corpus_tokens'] / 1e6:.1f}M tokens of books"
+
+
+def repeated(rows: Sequence[Row], again: Sequence[Row]) -> str:
+    """What runs came to that were made twice, to tell how far a figure repeats."""
+    first = {row["key"]: row for row in rows}
+    said = [
+        f"{NAMES[row['method']]} {first[row['key']]['perplexity']['score']:.1f} and "
+        f"{row['perplexity']['score']:.1f}"
+        for row in again
+        if row["key"] in first
+    ]
+    if not said:
+        return ""
+    run = next(row for row in again if row["key"] in first)
+    return (
+        f"**The same run twice**, recipe, seed {run['seed']} and text alike, at {run['part']}: "
+        f"{', '.join(said)}. GPU kernels add in another order each time, and training makes that "
+        "large: differences of this size may be chance, whatever the intervals above say.\n"
+    )
 
 
 def against(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:

@@ -455,6 +455,31 @@ def test_windows_are_compared_in_pairs(scripts):
     assert shown == f"{change} ({change} to {change})"
 
 
+def test_amounts_of_text_are_told_by_seed(scripts):
+    def row(method, seed, tokens):
+        given = {"method": method, "lr": 0.002, "seed": seed}
+        return given | {"corpus_tokens": tokens, "epochs": 6e6 / tokens}
+
+    alike = [row("mha", 0, 2_000_000), row("nsa", 0, 2_000_000)]
+    epochs = scripts.trained_page.epochs
+    assert epochs(alike) == "3.00 epochs of 2.0M tokens of books"
+    assert epochs([*alike, row("dma", 0, 1_000_000), row("dma", 1, 1_000_000)]) == (
+        "seed 0: 3.00 epochs of 2.0M tokens of books, but 6.00 epochs of 1.0M tokens of books for "
+        "DMA at 0.002; seed 1: 6.00 epochs of 1.0M tokens of books"
+    )
+
+
+def test_runs_that_were_made_twice_are_told(scripts):
+    def row(key, score):
+        given = {"key": key, "method": "mha", "seed": 1, "part": "10M"}
+        return given | {"perplexity": {"score": score}}
+
+    said = scripts.trained_page.repeated([row("a", 36.88)], [row("a", 38.19), row("b", 1.0)])
+    assert said.startswith("**The same run twice**, recipe, seed 1 and text alike, at 10M: ")
+    assert "at 10M: MHA 36.9 and 38.2. " in said
+    assert scripts.trained_page.repeated([row("a", 36.88)], [row("b", 1.0)]) == ""
+
+
 GRIDS = {name: FOLDER / name / "grid.yaml" for name in ("mqar", "scaling")}
 
 

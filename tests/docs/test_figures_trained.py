@@ -17,9 +17,9 @@ def chosen(name, part, worst):
     return found
 
 
-def perplexities():
-    """Of 10M parameters, each seed's."""
-    runs = chosen("scaling", "10M", lambda row: row["valid_loss"])
+def perplexities(part="10M"):
+    """Of models of a size, each seed's."""
+    runs = chosen("scaling", part, lambda row: row["valid_loss"])
     return {name: [row["perplexity"]["score"] for row in mine] for name, mine in runs.items()}
 
 
@@ -53,11 +53,7 @@ def means(found):
 def test_trained_from_scratch():
     each = perplexities()
     found = means(each)
-    assert {name: len(seeds) for name, seeds in each.items()} == {
-        **dict.fromkeys(["swa", "mla", "dma", "dma_window"], 2),
-        "mha": 3,
-        "nsa": 1,
-    }
+    assert all(len(seeds) == 3 for seeds in each.values())
     said = (
         "perplexity {mha} with full attention ({low:.1f} to {high:.1f}), {swa} with a sliding "
         "window, {nsa} with NSA, {mla} with MLA and {dma} with DMA"
@@ -73,6 +69,39 @@ def test_trained_from_scratch():
     assert said.format(**more).replace("%", " %") in readme
     said = "perplexity is {dma:.0%} higher, with a `window` {dma_window:.0%}, seed"
     assert said.format(**more).replace("%", " %") in limits
+
+
+def test_larger_again_and_past_the_trained_length():
+    readme = text("README.md")
+    larger = perplexities("30M")
+    assert all(len(seeds) == 1 for seeds in larger.values())
+    said = "{swa} sliding window, {nsa} NSA, {mha} full attention, {mla} MLA, {dma} DMA"
+    assert said.format(**means(larger)) in readme
+    for found in (larger, perplexities()):
+        order = sorted(found, key=lambda name: statistics.fmean(found[name]))
+        assert [n for n in order if n != "dma_window"] == ["swa", "nsa", "mha", "mla", "dma"]
+    again = next(row for row in lines("trained_scaling_again") if row["method"] == "mha")
+    (first,) = [row for row in lines("trained_scaling") if row["key"] == again["key"]]
+    twice = [row["perplexity"]["score"] for row in (first, again)]
+    assert "made twice came to {:.1f} and {:.1f};".format(*twice) in readme
+
+    needles = {
+        (row["method"], row["length"]): f"{100 * row['result']['score']:.0f}"
+        for row in lines("trained_past")
+        if row["task"] == "needle"
+    }
+    said = (
+        "full attention finds {mha[0]} % in 4,096 tokens, as trained, and {mha[1]} % in 8,192; NSA "
+        "{nsa[0]} and {nsa[1]} %, DMA {dma[0]} and {dma[1]} %, with the window {near[0]} and "
+        "{near[1]} %."
+    )
+    methods = {"mha": "mha", "nsa": "nsa", "dma": "dma", "near": "dma-window"}
+    asked = {name: [needles[m, at] for at in (4096, 8192)] for name, m in methods.items()}
+    assert said.format(**asked) in readme
+    said = "asked at 8,192: DMA {dma[1]} %, with half of the keys nearest {near[1]}; MHA {mha[1]}, "
+    assert (said + "NSA {nsa[1]} (").format(**asked) in text("docs/results/papers.md").replace(
+        "[trained methods](trained.md#past-the-trained-length)", ""
+    )
 
 
 def test_more_nearest_keys():
