@@ -362,3 +362,38 @@ def test_training_runs():
     table = (ROOT / "docs/train.md").read_text(encoding="utf-8")
     times = [f"{int(run['seconds'])}" for run in runs if run["recipe"] in ("28M", "mha")]
     assert f"{' and '.join(times)} s on one H200" in table
+
+
+def test_rows_with_lists_of_their_own():
+    chosen = {"rows": 16, "keys": 32, "warps": 1, "stages": 3}
+    shapes = {}
+    for cell in cells("row_lists"):
+        if cell["pass"] == "forward":
+            shape = tuple(cell[name] for name in ("ratio", "head_dim", "length"))
+            times = shapes.setdefault(shape, {})
+            if cell.get("before"):
+                times["before"] = cell["milliseconds"]
+            elif chosen.items() <= cell.items():
+                times["now"] = cell["milliseconds"]
+    ratios = sorted(times["before"] / times["now"] for times in shapes.values())
+    said = f"{ratios[0]:.1f} to {ratios[-1]:.1f} times as fast forward on an H200 as before"
+    assert said in text("CHANGELOG.md")
+
+
+def test_what_the_sanitizer_reported():
+    page, found = text("docs/guide/reliability.md"), document("sanitizer")
+    assert not found["not_launched"]
+    calls = found["plain"]["calls"]
+    assert set(calls.values()) == {"ok"}
+    assert len(calls) == 10
+    assert "all ten calls ended under each tool with right results" in page
+    assert all(tool["calls"] == calls for tool in found["tools"].values())
+    assert not any(tool["others"] for tool in found["tools"].values())
+    memory, races, unwritten = (
+        found["tools"][tool]["ours"] for tool in ("memcheck", "racecheck", "initcheck")
+    )
+    assert not memory
+    assert f"All {sum(unwritten.values()):,} reports are about these three" in page
+    assert len(unwritten) == 3
+    assert len(races) == 6
+    assert all(f"`{kernel}`" in page for kernel in [*unwritten, *races])
