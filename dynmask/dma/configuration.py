@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -113,6 +115,7 @@ class DmaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from the rest, and check."""
+        _refuse_typos(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -169,3 +172,16 @@ class DmaConfig(PreTrainedConfig):
             raise ValueError(f"score={self.score!r} is not known: use one of {list(SCORES)}")
         if self.impl != "auto" and self.impl not in BACKENDS:
             raise ValueError(f"impl={self.impl!r} is not known: use one of {['auto', *BACKENDS]}")
+
+
+def _refuse_typos(names: Iterable[str]) -> None:
+    """Refuse a name that is nearly an argument's: transformers keeps any name, and reads none.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    # Token ids differ by a letter or two, and there are more than a DMA model has.
+    own = [name for name in DmaConfig.__annotations__ if not name.endswith("token_id")]
+    for name in names:
+        for meant in get_close_matches(name, own, n=1, cutoff=0.8):
+            raise ValueError(f"{name} is no argument of DmaConfig: write {meant}")

@@ -43,11 +43,18 @@ from dynmask.masks import Lifetimes
         ({"a_std": -1.0}, "a_std=-1.0 must be a finite number of at least 0"),
         ({"a_std": float("nan")}, "a_std=nan must be"),
         ({"impl": "fast"}, "impl='fast' is not known: use one of"),
+        ({"kep": 8}, "kep is no argument of DmaConfig: write keep"),
+        ({"norm_eps": 1e-5}, "norm_eps is no argument of DmaConfig: write rms_norm_eps"),
     ],
 )
 def test_refuses(bad, message):
     with pytest.raises(ValueError, match=message):
         config(**bad)
+
+
+def test_names_of_transformers_and_others_pass():
+    others = {"sep_token_id": 3, "num_labels": 3, "rope_theta": 5e5, "attention_dropout": 0.0}
+    assert config(**others, note="mine").note == "mine"
 
 
 @pytest.mark.parametrize(
