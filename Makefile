@@ -22,7 +22,7 @@ test-gpu:
 	  tests/dam/test_*kernel*.py $(PYTEST)
 
 # The examples with what development does not install: peft, lm-eval and transformers' server. In a
-# venv of its own, and no part of .ci/run. Without the import these tests would skip themselves.
+# venv of its own. Without the import these tests would skip themselves.
 test-extras: $(EXTRAS)/installed
 	$(EXTRAS)/bin/python -c 'import fastapi, lm_eval, openai, peft, uvicorn'
 	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS) -q tests/examples $(PYTEST)
