@@ -65,8 +65,8 @@ relative change of the perplexity, window by window on the same text and at the 
 95 % interval from the scatter of the windows: that of the seeds comes on top. Runs that had another
 amount of text than most of their seed are named; a mean over seeds and the choice of a rate take
 all as they are.
-Attention is torch's SDPA (MHA, SWA, MLA) or this package's engine; `compiled` in the raw figures
-says whether layers ran under torch.compile.
+Attention is torch's SDPA (MHA, SWA, MLA) or this package's engine. Runs whose layers were under
+torch.compile are named: it rounds elsewhere.
 """
 
 PAST = """\
@@ -274,9 +274,15 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
         return "\n".join([f"### {part}\n", rates(rows)])
     run = next(row for row in rows if "perplexity" in row)
     head = ["method", "parameters", "rate", "seeds", "perplexity", "bits a byte", "against MHA"]
+    compiled = [
+        f"{NAMES[row['method']]} at {row['lr']:g} seed {row['seed']}"
+        for row in rows
+        if row.get("compiled")
+    ]
     what = (
         f"{run['tokens'] / 1e6:.1f}M tokens of training, {epochs(rows)}; "
-        f"{run['perplexity']['n']} test windows of {run['perplexity']['settings']['length']:,}."
+        f"{run['perplexity']['n']} test windows of {run['perplexity']['settings']['length']:,}. "
+        f"Under torch.compile: {', '.join(compiled) or 'none'}."
     )
     return "\n".join([f"### {part}\n", what + "\n", table(head, lines), rates(rows)])
 
@@ -309,19 +315,20 @@ def _amount(rows: Sequence[Row]) -> str:
 def repeated(rows: Sequence[Row], again: Sequence[Row]) -> str:
     """What runs came to that were made twice, to tell how far a figure repeats."""
     first = {row["key"]: row for row in rows}
-    said = [
-        f"{NAMES[row['method']]} {first[row['key']]['perplexity']['score']:.1f} and "
-        f"{row['perplexity']['score']:.1f}"
-        for row in again
-        if row["key"] in first
-    ]
-    if not said:
+    pairs = [(first[row["key"]], row) for row in again if row["key"] in first]
+    if not pairs:
         return ""
-    run = next(row for row in again if row["key"] in first)
+
+    def shown(row: Row) -> str:
+        how = "compiled" if row.get("compiled") else "not compiled"
+        return f"{row['perplexity']['score']:.1f} ({how})"
+
+    said = (f"{NAMES[one['method']]} {shown(one)} and {shown(two)}" for one, two in pairs)
+    run = pairs[0][0]
     return (
         f"**The same run twice**, recipe, seed {run['seed']} and text alike, at {run['part']}: "
-        f"{', '.join(said)}. GPU kernels add in another order each time, and training makes that "
-        "large: differences of this size may be chance, whatever the intervals above say.\n"
+        f"{', '.join(said)}. Rounding differs from run to run, and training makes that large: "
+        "differences of this size may be chance, whatever the intervals above say.\n"
     )
 
 

@@ -470,13 +470,14 @@ def test_amounts_of_text_are_told_by_seed(scripts):
 
 
 def test_runs_that_were_made_twice_are_told(scripts):
-    def row(key, score):
+    def row(key, score, **more):
         given = {"key": key, "method": "mha", "seed": 1, "part": "10M"}
-        return given | {"perplexity": {"score": score}}
+        return given | {"perplexity": {"score": score}} | more
 
-    said = scripts.trained_page.repeated([row("a", 36.88)], [row("a", 38.19), row("b", 1.0)])
+    first, again = [row("a", 36.88, compiled=True)], [row("a", 38.19), row("b", 1.0)]
+    said = scripts.trained_page.repeated(first, again)
     assert said.startswith("**The same run twice**, recipe, seed 1 and text alike, at 10M: ")
-    assert "at 10M: MHA 36.9 and 38.2. " in said
+    assert "at 10M: MHA 36.9 (compiled) and 38.2 (not compiled). " in said
     assert scripts.trained_page.repeated([row("a", 36.88)], [row("b", 1.0)]) == ""
 
 

@@ -72,8 +72,9 @@ def dkdv_tiles(q: Tensor) -> tuple[int, int, int, int]:
 def fit_rows(q: Tensor, packed: int, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """Return rows, keys, warps and stages of a program for a tile of ``packed`` rows.
 
-    A tile of few rows leaves most of a large program idle: one of 16 rows, each with a list of its
-    own, took 17.2 ms in 128 rows and 3.1 ms in 16 rows and one warp (65,536 rows, head size 64).
+    A tile of few rows leaves most of a large program idle. With a list for each token and two query
+    heads a kv head, programs of 128 rows took 17.2 ms, those of 16 rows and one warp 3.1
+    (`benchmarks/row_lists.py`).
 
     Args:
         q: ``[B, H, Q, D]``.

@@ -60,7 +60,7 @@ def forward(
     t0 = (k_len - q_len) // tile
     tiles = triton.cdiv(k_len, tile) - t0
     shape = forward_tiles(q, short=short)
-    if lists is not None:
+    if lists is not None:  # Without, tiles are large, or ``short`` has a shape of its own.
         shape = fit_rows(q, tile * ratio, shape)
     block_m, block_n, warps, stages = shape
     parts = triton.cdiv(tile * ratio, block_m)
