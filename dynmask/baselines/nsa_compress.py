@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dynmask.masks.lifetimes import HAS_TRITON
+
+# What the kernels take.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_DIM = 256
 # Probabilities alive at once while importance is computed.
 _CELLS = 1 << 27
 
@@ -78,7 +83,7 @@ def importance(
 
     ``p_j = \sum_h \sum_{c in j} \sum_m a_{h,m}`` over the strides ``c`` of block ``j`` and the
     compressed blocks ``m`` that hold ``c``; ``a`` is the softmax of the compressed branch, and
-    ``h`` are the query heads of a kv head. In float32.
+    ``h`` are the query heads of a kv head. In float32; on a GPU in kernels that write no ``a``.
 
     Args:
         q: ``[B, H, Q, d]``, the last rows.
@@ -94,6 +99,10 @@ def importance(
     Source: equations 9 and 10 of arXiv 2502.11089.
     """
     batch, heads, q_len, dim = q.shape
+    if q.is_cuda and HAS_TRITON and q.dtype == keys.dtype in _DTYPES and dim <= _MOST_DIM:
+        from dynmask.baselines.triton.importance import block_importance
+
+        return block_importance(q, keys, k_len, block, stride, select_block)
     rows = max(1, _CELLS // (batch * heads * keys.shape[2]))
     strides = -(-k_len // select_block) * (select_block // stride)
     overlap = block // stride

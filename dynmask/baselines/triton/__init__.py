@@ -1,0 +1,1 @@
+"""Other methods on the GPU: Triton kernels. Imported only where they run."""
