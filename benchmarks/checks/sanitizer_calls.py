@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter, jit
 
+from dynmask.baselines.nsa_compress import importance
+from dynmask.baselines.triton.importance import block_importance
 from dynmask.dam.dynamic import Dynamic, dynamic_attention
 from dynmask.dam.paged import PagedKeys
 from dynmask.masks import Blocks, Documents, Lifetimes, Mask, Padding, Stripes
@@ -229,6 +231,17 @@ def pages() -> None:
         assert out.isfinite().all()
 
 
+def importance_of_blocks() -> None:
+    """What native sparse attention chooses blocks by."""
+    lengths = {"block": 8, "stride": 4, "select_block": 16}
+    for dtype, dim in KINDS:
+        q = random(BATCH, HEADS, 77, dim, seed=1, dtype=dtype)
+        keys = random(BATCH, GROUPS, 1 + LENGTH // 4, dim, seed=2, dtype=dtype)
+        wanted = importance(q.double(), keys.double(), LENGTH, **lengths)
+        found = block_importance(q.to(DEVICE), keys.to(DEVICE), LENGTH, *lengths.values())
+        same(found.cpu(), wanted, close=1e-3)
+
+
 def kernels_for_all() -> None:
     """Let dynamic masks use their kernels on the CPU too, in the interpreter."""
 
@@ -255,6 +268,7 @@ CALLS = {
         blocks_forward_backward,
         dynamic,
         pages,
+        importance_of_blocks,
     )
 }
 
