@@ -1,5 +1,9 @@
 """The kernel of native sparse attention's importance against its definition in torch."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from kernel_cases import each_dtype, needs_gpu, place, require_triton
@@ -98,3 +102,38 @@ def test_runs_on_the_gpu():
     q, keys = inputs(**shape, stride=4, dtype=torch.bfloat16)
     found = importance(q, keys, 100, block=8, stride=4, select_block=16)
     assert torch.equal(found, block_importance(q, keys, 100, 8, 4, 16))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dynmask.baselines.triton import importance
+
+shape = {"STRIDE": 16, "D": 64, "BLOCK_D": 64, "BLOCK_M": 64, "PRECISION": "tf32", "BLOCK_N": 64}
+tensors = {"p_q": "*bf16", "p_k": "*bf16", "p_total": "*fp32", "p_made": "*fp32"}
+for capability in 80, 90:
+    for kernel, more in (
+        (importance.importance_total_kernel, {}),
+        (importance.importance_kernel, {"OVERLAP": 2, "STRIDES": 4}),
+    ):
+        constants = {**shape, **more}
+        numbers = {"scale_log2": "fp32"} | dict.fromkeys(constants, "constexpr") | tensors
+        source = ASTSource(
+            fn=kernel,
+            signature={name: numbers.get(name, "i32") for name in kernel.arg_names},
+            constexprs={(kernel.arg_names.index(name),): x for name, x in constants.items()},
+        )
+        target = GPUTarget("cuda", capability, 32)
+        made = triton.compile(source, target=target, options={"num_stages": 2})
+        print(len(made.asm["cubin"]) > 0, made.metadata.shared <= 99 * 1024)
+"""
+
+
+def test_compiles_for_gpus(tmp_path):
+    """Without one: the interpreter takes programs that the compiler refuses."""
+    cache = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 8, done.stderr[-2000:]
