@@ -72,6 +72,12 @@ def test_importance(name, dtype):
     torch.testing.assert_close(found.double().cpu(), expected, atol=2e-4, rtol=1e-4)
 
 
+def test_passes_opcheck():
+    shape = {"batch": 2, "heads": 4, "groups": 2, "q_len": 20, "k_len": 30, "dim": 16}
+    q, keys = inputs(**shape, stride=4, dtype=torch.float32)
+    torch.library.opcheck(block_importance, (q, keys, 30, 8, 4, 16))
+
+
 def test_torch_is_the_definition():
     """What runs where there is no GPU."""
     lengths = {"block": 9, "stride": 3, "select_block": 15}
