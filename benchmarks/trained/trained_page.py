@@ -51,9 +51,10 @@ some before it knows which are asked for.
 
 Times are of all methods in turn in one process on a GPU of its own: MHA, SWA
 and MLA by transformers with torch's SDPA (SWA's window is a mask to it, whose hidden part it
-computes), NSA and DMA on this package's engine, NSA's compressed branch and, at these commits, its
-choice of blocks in plain torch. *Against MHA* is the ratio of two medians of that process: below 1
-is faster than MHA; in brackets the widest range that the quartiles allow. The raw figures name the
+computes), NSA and DMA on this package's engine, NSA's compressed branch, its top-k over blocks and
+its gates in plain torch. *Against MHA* is the ratio of two medians of that process: below 1 is
+faster than MHA; in brackets the widest range that the quartiles allow. Where MHA takes as long at
+every length, the launches of kernels are what is timed, and not attention. The raw figures name the
 runs that were timed; a model that was no longer there is one of the same recipe with initial
 weights, which decide only DMA's lists of keys.
 """

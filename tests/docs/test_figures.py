@@ -389,6 +389,10 @@ def test_what_the_sanitizer_reported():
     assert "all ten calls ended under each tool with right results" in page
     assert all(tool["calls"] == calls for tool in found["tools"].values())
     assert not any(tool["others"] for tool in found["tools"].values())
+    later = document("sanitizer_importance")
+    assert later["plain"]["calls"] == {"importance_of_blocks": "ok"}
+    assert {tool["status"] for tool in later["tools"].values()} == {"clean"}
+    assert "no tool reported anything about it" in page
     memory, races, unwritten = (
         found["tools"][tool]["ours"] for tool in ("memcheck", "racecheck", "initcheck")
     )
