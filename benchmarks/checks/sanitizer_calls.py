@@ -239,7 +239,7 @@ def importance_of_blocks() -> None:
         keys = random(BATCH, GROUPS, 1 + LENGTH // 4, dim, seed=2, dtype=dtype)
         wanted = importance(q.double(), keys.double(), LENGTH, **lengths)
         found = block_importance(q.to(DEVICE), keys.to(DEVICE), LENGTH, *lengths.values())
-        same(found.cpu(), wanted, close=1e-3)
+        same(found, wanted, close=1e-3)
 
 
 def kernels_for_all() -> None:

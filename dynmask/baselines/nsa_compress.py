@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynmask.masks.lifetimes import HAS_TRITON
+from dynmask.dam.kernels import MOST_DIM, on_gpu
 
-# What the kernels take.
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MOST_DIM = 256
 # Probabilities alive at once while importance is computed.
 _CELLS = 1 << 27
 
@@ -99,7 +96,7 @@ def importance(
     Source: equations 9 and 10 of arXiv 2502.11089.
     """
     batch, heads, q_len, dim = q.shape
-    if q.is_cuda and HAS_TRITON and q.dtype == keys.dtype in _DTYPES and dim <= _MOST_DIM:
+    if on_gpu(q) and q.dtype == keys.dtype and dim <= MOST_DIM:
         from dynmask.baselines.triton.importance import block_importance
 
         return block_importance(q, keys, k_len, block, stride, select_block)

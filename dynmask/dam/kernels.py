@@ -21,12 +21,18 @@ _MODULES = {
     "choose_pages": "dynmask.dam.triton.choose",
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MOST_DIM = 256
+MOST_DIM = 256
+"""Head size of the kernels, at most."""
 # Of a block that a program holds on the chip: to look for landmarks, or as 4-bit keys in float32.
 _MOST_CELLS = 1 << 16
 _MOST_MARKS = 64
 # Blocks of a decode step, in a program's registers.
 _MOST_PAGES = 16384
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Tell whether Triton kernels can read a tensor: on CUDA, of 16 or 32 bits."""
+    return x.is_cuda and x.dtype in _DTYPES and HAS_TRITON
 
 
 def by_kernels(
@@ -43,9 +49,9 @@ def by_kernels(
         queries: Queries of a tile or step, up to 64.
         pages: Blocks that a step chooses from; "choose_pages" takes up to 16,384.
     """
-    if not (x.is_cuda and x.dtype in _DTYPES and HAS_TRITON):
+    if not on_gpu(x):
         return None
-    if name != "keep" and x.shape[-1] > _MOST_DIM:
+    if name != "keep" and x.shape[-1] > MOST_DIM:
         return None
     if (
         cells > _MOST_CELLS
