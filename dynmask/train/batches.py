@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dynmask.train.recipe import Recipe
+from dynmask.train.scored import scored_positions
 from dynmask.train.source import Batch, Source, Step
 
 Item = dict[str, torch.Tensor]
@@ -18,8 +19,9 @@ class Steps(Dataset[Item]):
     however many micro batches and processes share it.
 
     An item holds ``input_ids`` and ``weights`` ``[rows, length]``; ``norm``, the mean weight of the
-    step's micro batches, over which the loss is taken; and ``kinds``, ``documents`` and
-    ``position_ids`` where the source has them.
+    step's micro batches, over which the loss is taken; ``scored`` where most tokens weigh nothing
+    (see `dynmask.train.scored`); and ``kinds``, ``documents`` and ``position_ids`` where the source
+    has them.
 
     Args:
         source: the data.
@@ -83,6 +85,9 @@ def to_item(batch: Batch, rows: slice, *, parts: int) -> Item:
         # The first token of a row is never predicted.
         "norm": torch.tensor(batch.weights[:, 1:].sum() / parts),
     }
+    scored = scored_positions(item["weights"])
+    if scored is not None:
+        item["scored"] = scored
     if batch.kinds is not None:
         item["kinds"] = torch.from_numpy(batch.kinds[rows])
     if batch.documents is not None:

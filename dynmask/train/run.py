@@ -165,9 +165,12 @@ def train(
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     peak = measured_peak(arguments.device) * processes
     flops = {length: flops_per_token(model, length) for length in _lengths(recipe)}
-    speed = Throughput(
-        recipe.tokens_per_step, lambda step: flops[recipe.length_at(step)], peak, progress
-    )
+
+    def flops_at(step: int) -> float | None:
+        """Not known where the output projection is applied to some positions, as many as come."""
+        return None if trainer.head.partial else flops[recipe.length_at(step)]
+
+    speed = Throughput(recipe.tokens_per_step, flops_at, peak, progress)
     trainer = WeightedTrainer(
         model=model,
         args=arguments,

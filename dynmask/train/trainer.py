@@ -17,6 +17,7 @@ from transformers import EvalPrediction, Trainer
 
 from dynmask.train.batches import Item
 from dynmask.train.recipe import Recipe
+from dynmask.train.scored import ScoredHead
 from dynmask.train.source import Source
 
 
@@ -25,44 +26,59 @@ class NonFiniteLossError(RuntimeError):
 
 
 def weighted_loss(
-    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, norm: torch.Tensor
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    norm: torch.Tensor,
+    scored: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sum of the next-token losses over ``norm``, in nats.
 
     ``sum_t w[t+1] * -log p(ids[t+1] | ids[..t]) / norm``
 
     Args:
-        logits: ``[B, N, V]``.
+        logits: ``[B, N, V]``, or ``[1, M, V]`` of the scored positions.
         ids: ``[B, N]`` int64.
         weights: ``[B, N]``, the weight of predicting the token that stands there.
         norm: a number; the sum of the weights that count gives their mean.
+        scored: ``[M]``, see `dynmask.train.scored`; None for all positions.
     """
     # Rolling the targets spares a copy of the logits, which slicing off the last row would make.
-    targets = ids.roll(-1, dims=1)
+    targets = ids.roll(-1, dims=1).flatten()
     weights = weights.roll(-1, dims=1)
     weights[:, -1] = 0.0
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-    )
-    return (losses * weights.flatten()).sum() / norm
+    weights = weights.flatten()
+    if scored is not None:
+        targets, weights = targets[scored], weights[scored]
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+    return (losses * weights).sum() / norm
 
 
 def answer_counts(
-    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *, answer: float
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    scored: torch.Tensor | None = None,
+    *,
+    answer: float,
 ) -> torch.Tensor:
     """Count answer tokens, and those that are the arg max.
 
     Args:
-        logits: ``[B, N, V]``.
+        logits: ``[B, N, V]``, or ``[1, M, V]`` of the scored positions.
         ids: ``[B, N]`` int64.
         weights: ``[B, N]``.
-        answer: the weight that marks answer tokens.
+        scored: ``[M]``, see `dynmask.train.scored`; None for all positions.
+        answer: the weight that marks answer tokens; over 0, so that they are scored.
 
     Returns:
         ``[B, 2]``: right ones, and all.
     """
     asked = weights[:, 1:] == answer
-    hit = (logits[:, :-1].argmax(-1) == ids[:, 1:]) & asked
+    best = logits.argmax(-1)
+    if scored is not None:
+        best = torch.zeros_like(ids).flatten().index_copy(0, scored, best.flatten()).view_as(ids)
+    hit = (best[:, :-1] == ids[:, 1:]) & asked
     return torch.stack([hit.sum(1), asked.sum(1)], dim=1)
 
 
@@ -84,6 +100,9 @@ class WeightedTrainer(Trainer):
         source: gives the answers' weight and kinds.
         compiled: torch.compile the loss.
         settings: what ``Trainer`` takes.
+
+    Attributes:
+        head: the model's output projection.
     """
 
     def __init__(self, *, recipe: Recipe, source: Source, compiled: bool, **settings: Any) -> None:
@@ -93,6 +112,7 @@ class WeightedTrainer(Trainer):
         self.recipe, self.source = recipe, source
         self._loss = torch.compile(weighted_loss) if compiled else weighted_loss
         self._accuracy: dict[str, float] = {}
+        self.head = ScoredHead(settings["model"])
         self._probe = Probe()
         self._knows_documents = (
             "documents" in inspect.signature(settings["model"].forward).parameters
@@ -118,8 +138,10 @@ class WeightedTrainer(Trainer):
             given["position_ids"] = inputs["position_ids"]
             if self._knows_documents:
                 given["documents"] = inputs["documents"]
-        outputs = model(**given)
-        loss = self._loss(outputs.logits, ids, weights, inputs["norm"])
+        scored = inputs.get("scored")
+        with self.head.only(scored):
+            outputs = model(**given)
+        loss = self._loss(outputs.logits, ids, weights, inputs["norm"], scored)
         if model.training:
             self._probe.watch(loss)
             if (self.state.global_step + 1) % self.args.logging_steps == 0:
@@ -130,13 +152,16 @@ class WeightedTrainer(Trainer):
         """Keep the accuracy of answers in this micro batch for the next entry of the log."""
         if self.source.answer is None:
             return
-        counts = answer_counts(
-            logits, inputs["input_ids"], inputs["weights"], answer=self.source.answer
-        )
+        counts = self._counts(logits, inputs)
         for number, kind in enumerate(self.source.kinds):
             right, asked = counts[inputs["kinds"] == number].sum(0).tolist()
             if asked:
                 self._accuracy[f"answers_{kind}"] = round(right / asked, 4)
+
+    def _counts(self, logits: torch.Tensor, inputs: Item) -> torch.Tensor:
+        assert self.source.answer is not None
+        ids, weights = inputs["input_ids"], inputs["weights"]
+        return answer_counts(logits, ids, weights, inputs.get("scored"), answer=self.source.answer)
 
     def training_step(self, model: torch.nn.Module, inputs: Item, *args: Any) -> torch.Tensor:
         """Forward and backward; a loss that is no number stops the run with the batch saved.
@@ -171,9 +196,7 @@ class WeightedTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if self.source.answer is None:
             return loss.detach(), None, None
-        counts = answer_counts(
-            outputs.logits, inputs["input_ids"], inputs["weights"], answer=self.source.answer
-        )
+        counts = self._counts(outputs.logits, inputs)
         return loss.detach(), counts, counts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

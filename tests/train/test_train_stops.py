@@ -51,8 +51,8 @@ def test_data_that_does_not_fit(go, tmp_path, text_folder):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(go, tmp_path, monkeypatch):
-    def broken(logits, ids, weights, norm):
-        loss = weighted_loss(logits, ids, weights, norm)
+    def broken(logits, ids, weights, norm, scored):
+        loss = weighted_loss(logits, ids, weights, norm, scored)
         seen.append(ids)
         return loss * torch.nan if len(seen) == 4 else loss
 
