@@ -103,14 +103,16 @@ def _fill(lists: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
 
 
 def _best(logits: Tensor, keep: int) -> Tensor:
-    """Return ``[R, keep]`` int32: the places of the largest of each row, ties to the earlier."""
-    value, index = logits.topk(keep)
-    index = index.int()
+    """Return ``[R, keep]`` int32: the places of the largest of each row, ties to the earlier.
+
+    A row has more logits than ``keep``.
+    """
+    value, index = logits.topk(keep + 1)
+    index = index[:, :keep].int()
     # Torch takes any of equal values. Only where the last one that is kept has an equal that is
     # not does it matter which: those rows are sorted.
-    least = value[:, -1:]
-    tied = (logits == least).sum(-1) > (value == least).sum(-1)
-    rows = (tied & (least[:, 0] > float("-inf"))).nonzero().flatten()
+    least, next_one = value[:, keep - 1], value[:, keep]
+    rows = ((least == next_one) & (least > float("-inf"))).nonzero().flatten()
     if len(rows):
         order = logits[rows].sort(dim=-1, descending=True, stable=True).indices
         index[rows] = order[:, :keep].int()

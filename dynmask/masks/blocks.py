@@ -9,6 +9,9 @@ from torch import Tensor
 
 from dynmask.masks.padding import Padding
 
+# Entries of lists that are counted at once: some temporaries of 8 MiB.
+_CELLS = 1 << 20
+
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
@@ -101,8 +104,12 @@ class Blocks:
     @property
     def _listed(self) -> Tensor:
         """``[B, G, T, M]`` bool, which entries of ``indices`` are read."""
+        return self._listed_by(0, self.indices.shape[2])
+
+    def _listed_by(self, first: int, last: int) -> Tensor:
+        """``[B, G, last - first, M]`` bool, which entries of these tiles are read."""
         place = torch.arange(self.indices.shape[3], device=self.device)
-        return place < self.counts[..., None]
+        return place < self.counts[:, :, first:last, None]
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +155,7 @@ class Blocks:
         """
         blocks = -(-k_len // self.block)
         indices = self.indices[:, :, first:last].long()
-        listed = self._listed[:, :, first:last] & (indices < blocks)
+        listed = self._listed_by(first, last) & (indices < blocks)
         out = torch.zeros(
             *indices.shape[:3], blocks + 1, dtype=torch.bool, device=self.device
         )  # The last column takes what is not read.
@@ -194,7 +201,7 @@ class Blocks:
     def visible_pairs(self, q_len: int, k_len: int | None = None) -> Tensor:
         """Count the (query, key) pairs that the lists show; padding is left out of account.
 
-        Exact and linear in the size of the lists.
+        Exact and linear in the size of these rows' lists.
 
         Args:
             q_len: Query rows ``Q``, the last ones of the sequence.
@@ -212,9 +219,19 @@ class Blocks:
                 f"need 0 <= q_len <= k_len <= {self.capacity} (tiles times tile), got {q_len} "
                 f"and {k_len}"
             )
-        begin = self.indices.long() * self.block
+        batch, groups, _, width = self.indices.shape
+        pairs = torch.zeros(batch, groups, dtype=torch.int64, device=self.device)
+        at_once = max(1, _CELLS // max(1, batch * groups * width))
+        last = -(-k_len // self.tile)
+        for top in range((k_len - q_len) // self.tile, last, at_once):
+            pairs += self._pairs_of(top, min(top + at_once, last), q_len, k_len)
+        return pairs
+
+    def _pairs_of(self, first: int, last: int, q_len: int, k_len: int) -> Tensor:
+        """Return ``[B, G]``, the visible pairs of the rows of some tiles."""
+        begin = self.indices[:, :, first:last].long() * self.block
         width = (k_len - begin).clamp(0, self.block)
-        bottom = torch.arange(self.indices.shape[2], device=self.device)[:, None] * self.tile
+        bottom = torch.arange(first, last, device=self.device)[:, None] * self.tile
 
         def pairs_above(row: Tensor) -> Tensor:
             """Count the causal pairs of each block with the rows before ``row``."""
@@ -223,7 +240,7 @@ class Blocks:
             return inside * (inside + 1) // 2 + (rows - inside) * width
 
         pairs = pairs_above(bottom + self.tile) - pairs_above(bottom)
-        return pairs.masked_fill(~self._listed, 0).sum((-1, -2))
+        return pairs.masked_fill(~self._listed_by(first, last), 0).sum((-1, -2))
 
     def density(self, length: int) -> Tensor:
         """Return ``[B, G]`` float64: visible pairs over causal pairs of one sequence.
