@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynmask.masks import Lifetimes, Mask, Stripes
 from dynmask.masks.schedule import Sequence, head_schedule, sequences
-from dynmask.ops import gather, lifetimes_cpu, reference, sdpa
+from dynmask.ops import gather, lifetimes_cpu, lifetimes_cpu_grad, reference, sdpa
 from dynmask.ops.arguments import wants_gradients
 from dynmask.ops.stripes_head import Keys, attend_head
 
@@ -50,7 +50,10 @@ def supports(
     if not isinstance(mask, (Stripes, Lifetimes)):
         return f"the cpu backend has no schedule for {type(mask).__name__}"
     if wants_gradients(q, k, v, bias):
-        return "the cpu backend has no backward pass; wrap the call in torch.no_grad()"
+        if isinstance(mask, Stripes):
+            return "the cpu backend has no backward pass; wrap the call in torch.no_grad()"
+        if lifetimes_cpu.is_decode(q.shape[2]):
+            return "the cpu backend has no backward pass for few rows: use torch.no_grad()"
     if torch.compiler.is_compiling():
         return "the cpu backend plans in Python, which torch.compile does not trace"
     return None
@@ -148,15 +151,10 @@ def attend(
     """
     assert mask is not None
     q_len, k_len = q.shape[2], k.shape[2]
+    if isinstance(mask, Lifetimes):
+        return _under_lifetimes(q, k, v, mask, bias, scale, return_lse)
     # What a caller would otherwise pay: views and in-place writes recorded for autograd.
     with torch.no_grad():
-        if isinstance(mask, Lifetimes):
-            args = (q, k, v, mask, bias, scale, return_lse)
-            if lifetimes_cpu.is_decode(q_len):
-                return lifetimes_cpu.attend_rows(*args)
-            # A hidden key's bias may be -inf, which hides it twice, but not NaN.
-            finite = _finite(k) and _finite(v) and (bias is None or not bool(bias.isnan().any()))
-            return lifetimes_cpu.attend_tiles(*args, finite=finite)
         if gather.fits(mask, q_len, k_len):
             return gather.attend(q, k, v, mask, bias, scale, return_lse)
         out = torch.zeros(q.shape, dtype=q.dtype)
@@ -183,6 +181,30 @@ def attend(
                 None if lse is None else lse[b, :, rows],
             )
     return out, lse
+
+
+def _under_lifetimes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Lifetimes,
+    bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    args = (q, k, v, mask, bias, scale, return_lse)
+    gradients = wants_gradients(q, k, v, bias)
+    with torch.no_grad():
+        if lifetimes_cpu.is_decode(q.shape[2]):
+            return lifetimes_cpu.attend_rows(*args)
+        # A hidden key's bias may be -inf, which hides it twice, but not NaN.
+        finite = _finite(k) and _finite(v) and (bias is None or not bool(bias.isnan().any()))
+        if not gradients:
+            return lifetimes_cpu.attend_tiles(*args, finite=finite)
+    if not finite:  # Rare, and a sign of trouble already: slow is good enough.
+        return reference.attend(*args)
+    out, lse = lifetimes_cpu_grad.TiledAttention.apply(q, k, v, bias, mask, scale)
+    return out, lse if return_lse else None
 
 
 def _sequence(

@@ -193,7 +193,7 @@ def attend_tiles(
                 torch.mm(rows.flatten(0, 1), keys.T, out=logits)
                 if bias is not None:
                     logits += bias[b, g].index_select(0, tile.slots)
-                _hide(logits, tile, finite)
+                hide(logits, tile, finite=finite)
                 if exact:
                     part_lse = softmax_with_lse_(logits)
                     if stacked_lse is not None:
@@ -207,8 +207,14 @@ def attend_tiles(
     return out, lse
 
 
-def _hide(logits: Tensor, tile: Tile, finite: bool) -> None:
-    """Set ``[r * rows, U]`` logits to -inf where the row does not see the key."""
+def hide(logits: Tensor, tile: Tile, *, finite: bool = True) -> None:
+    """Set ``[r * rows, U]`` logits to -inf where the row does not see the key.
+
+    Args:
+        logits: Of the tile's rows, stacked, and its keys.
+        tile: Which they are.
+        finite: Whether no logit is NaN; slower if not.
+    """
     if tile.whole == logits.shape[1]:
         return
     edge = logits.view(-1, *tile.fence.shape[:1], logits.shape[1])[..., tile.whole :]

@@ -2,38 +2,13 @@
 
 import pytest
 import torch
-from attention_cases import naive_attention, padding, tensors
+from attention_cases import naive_attention, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lifetimes_cases import MASKS, definition, expiries
 
-from dynmask.masks import Blocks, Lifetimes
-from dynmask.masks.lifetimes import NEVER
+from dynmask.masks import Blocks, Lifetimes, Stripes
 from dynmask.ops import attention, choose, computed_pairs, cpu, lifetimes_schedule, supports
-
-
-def expiries(batch, groups, count, seed=0):
-    """Any lifetimes: keys that no, few, many, or all later rows see; and rows without keys."""
-    g = torch.Generator().manual_seed(seed)
-    shape = (batch, groups, count)
-    slot = torch.arange(count)
-    kind = torch.randint(5, shape, generator=g)
-    near = slot + torch.randint(0, 9, shape, generator=g)
-    far = slot + torch.randint(0, count + 1, shape, generator=g)
-    expiry = torch.stack([slot.expand(shape), slot + 1 - kind.gt(2).int(), near, far, far])
-    expiry = expiry.gather(0, kind[None])[0]
-    expiry = expiry.where(torch.rand(shape, generator=g) < 0.95, NEVER)
-    # Nothing survives this slot, and the next ones are not seen: their rows are empty.
-    gap = count // 3
-    expiry = torch.where(slot < gap, expiry.clamp_max(gap), expiry)
-    return Lifetimes(torch.where((slot >= gap) & (slot < gap + 2), slot, expiry).int())
-
-
-def definition(mask, q_len, ratio):
-    """``[B, H, Q, K]``: j <= i < expiry_j."""
-    expiry = mask.expiry.repeat_interleave(ratio, 1)[:, :, None]
-    key = torch.arange(expiry.shape[-1])
-    row = key[len(key) - q_len :, None]
-    return (key <= row) & (row < expiry)
 
 
 def check(q, k, v, mask, bias=None, hidden=None):
@@ -100,18 +75,6 @@ def test_any_tile_and_section(monkeypatch, tile, entries):
     monkeypatch.setattr(lifetimes_schedule, "_TILES", (tile,))
     monkeypatch.setattr(lifetimes_schedule, "_ENTRIES", entries)
     check(*tensors(2, 4, 2, 333, 400, 16), expiries(2, 2, 400))
-
-
-MASKS = {
-    "top": lambda n: Lifetimes.top(torch.randn(2, 2, n), keep=37),
-    "rising": lambda n: Lifetimes.top(torch.arange(2.0 * 2 * n).view(2, 2, n), keep=37),
-    "window": lambda n: Lifetimes.window(n, window=29, sinks=3),
-    "causal": lambda n: Lifetimes(torch.full((1, 1, n), NEVER, dtype=torch.int32)),
-    "nothing": lambda n: Lifetimes(torch.arange(n).int()[None, None]),
-    "padded": lambda n: Lifetimes.top(
-        torch.randn(2, 2, n), keep=37, padding=padding((7, n), (0, n - 50))
-    ),
-}
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -254,11 +217,14 @@ def test_what_it_cannot_run():
     q, k, v = tensors(1, 2, 2, 8, 8, 4)
     mask = Lifetimes.window(8, window=2)
     assert supports("cpu", q, k, v, mask) is None
-    assert "backward" in str(supports("cpu", q.requires_grad_(), k, v, mask))
+    grown = q.clone().requires_grad_()
+    assert supports("cpu", grown, k, v, mask) is None
+    assert "few rows" in str(supports("cpu", grown[:, :, -4:], k, v, mask))
+    assert "no backward" in str(supports("cpu", grown, k, v, Stripes.causal(2)))
     blocks = Blocks(
         torch.zeros(1, 1, 1, 1, dtype=torch.int32),
         torch.ones(1, 1, 1, dtype=torch.int32),
         block=8,
         tile=8,
     )
-    assert "Blocks" in str(supports("cpu", q.detach(), k, v, blocks))
+    assert "Blocks" in str(supports("cpu", q, k, v, blocks))
