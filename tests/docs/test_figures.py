@@ -364,6 +364,19 @@ def test_training_runs():
     assert f"{' and '.join(times)} s on one H200" in table
 
 
+def test_training_on_a_cpu():
+    found = {
+        (c["length"], c["keep"], c["scores"]): c["ratio"] for c in cells("lifetimes_cpu_train")
+    }
+    few, more, most = (found[8192, keep, "iid"]["sdpa"][1] for keep in (256, 1024, 4096))
+    said = f"{few:.1f}x with 256 keys kept, {more:.1f}x with 1,024, {most:.1f}x with 4,096"
+    assert said in README
+    changes = text("CHANGELOG.md")
+    assert f"take 1/{few:.1f} of the time" in changes
+    masked = [x["sdpa under the mask"][1] for at, x in found.items() if at[0] == 4096]
+    assert f"take {min(masked):.0f} to {max(masked):.0f} times ours at 4K" in changes
+
+
 def test_rows_with_lists_of_their_own():
     chosen = {"rows": 16, "keys": 32, "warps": 1, "stages": 3}
     shapes = {}
