@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynmask.masks import Blocks
+from dynmask.masks import blocks as blocks_module
 
 
 @settings(max_examples=150, deadline=None)
@@ -42,7 +43,9 @@ def test_density_counts_what_dense_shows(length, block, tile):
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 111), (30, 65), (64, 64), (0, 5)])
 @pytest.mark.parametrize(("block", "tile"), [(1, 1), (8, 12), (64, 16)])
-def test_pairs_of_the_last_rows_are_counted(q_len, k_len, block, tile):
+@pytest.mark.parametrize("entries", [1, 2000, 1 << 20], ids=lambda n: f"at-most-{n}")
+def test_pairs_of_the_last_rows_are_counted(monkeypatch, q_len, k_len, block, tile, entries):
+    monkeypatch.setattr(blocks_module, "_CELLS", entries)
     mask = blocks(2, 3, 111, block=block, tile=tile)
     assert mask.visible_pairs(q_len, k_len).equal(mask.dense(q_len, k_len).sum((-1, -2)))
 
