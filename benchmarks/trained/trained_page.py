@@ -178,6 +178,11 @@ def _rate(row: Row) -> str:
     return f"{100 - 100 * value:.1f}" if "lengths" in row else f"{value:.4f}"
 
 
+def runs_of(rows: Iterable[Row]) -> str:
+    """Name some runs of a part."""
+    return ", ".join(f"{NAMES[row['method']]} at {row['lr']:g} seed {row['seed']}" for row in rows)
+
+
 def mqar(part: str, rows: Sequence[Row]) -> str:
     """Accuracy by length."""
     some = next((row for row in rows if "lengths" in row), None)
@@ -206,12 +211,14 @@ def mqar(part: str, rows: Sequence[Row]) -> str:
                 ),
             ]
         )
+    cpu = runs_of(row for row in rows if row["environment"]["device"]["type"] == "cpu")
     return "\n".join(
         [
             *head,
             "Accuracy in %, mean of the seeds (least to largest):\n",
             table(["method", "parameters", "rate", "seeds", *columns], scores),
             rates(rows),
+            *([f"Trained on a CPU, in float32: {cpu}.\n"] if cpu else []),
         ]
     )
 
@@ -275,15 +282,11 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
         return "\n".join([f"### {part}\n", rates(rows)])
     run = next(row for row in rows if "perplexity" in row)
     head = ["method", "parameters", "rate", "seeds", "perplexity", "bits a byte", "against MHA"]
-    compiled = [
-        f"{NAMES[row['method']]} at {row['lr']:g} seed {row['seed']}"
-        for row in rows
-        if row.get("compiled")
-    ]
+    compiled = runs_of(row for row in rows if row.get("compiled"))
     what = (
         f"{run['tokens'] / 1e6:.1f}M tokens of training, {epochs(rows)}; "
         f"{run['perplexity']['n']} test windows of {run['perplexity']['settings']['length']:,}. "
-        f"Under torch.compile: {', '.join(compiled) or 'none'}."
+        f"Under torch.compile: {compiled or 'none'}."
     )
     return "\n".join([f"### {part}\n", what + "\n", table(head, lines), rates(rows)])
 

@@ -176,6 +176,11 @@ def test_methods_are_timed_together(scripts, recall, capsys):
     assert [(c.method, c.recipe.seed) for c in cells[-2:]] == [("mha", 1), ("dma", 1)]
     text, _ = scripts.trained_page.page({"mqar": first.rows})
     assert "With initial weights: MHA.\n" in text
+    for row, kind in zip(first.rows, ("cpu", *["cuda"] * len(first.rows)), strict=False):
+        row["environment"]["device"]["type"] = kind
+    text, _ = scripts.trained_page.page({"mqar": first.rows})
+    trained = f"{scripts.trained_page.NAMES[first.rows[0]['method']]} at 0.01 seed 0"
+    assert f"Trained on a CPU, in float32: {trained}.\n" in text
 
 
 def test_ratios_are_those_of_one_process(scripts):
