@@ -152,7 +152,7 @@ class Run:
         for layer in layers:
             own = OWN_WINDOW if layer.own_window is not None else None
             stripes = _stripes(plan, layer, mode) if own is None else None
-            attached = Attached(layer, stripes, impl, self._tally, own, self._lease)
+            attached = Attached(layer, stripes, impl, self._tally, own)
             if own is None and policy is not None:
                 place = len(self._attached), len(layers)
                 attached.policy = PolicyCalls(policy, *place, impl=impl, tally=self._tally)
@@ -189,7 +189,7 @@ class Run:
         with _attaching:
             if self._switch is None:
                 return
-            self._lease.open = False
+            self._lease.end()
             self._switch.undo()
             self._switch = None
             for attached in self._attached:
@@ -240,6 +240,8 @@ class Run:
                 f"{config.num_kv_shared_layers}): leave past_key_values out, or use a cache of "
                 "transformers"
             )
+        with _attaching:
+            lease.watch(attached.layer.module for attached in self._attached)
         if max_cache_tokens is not None:
             cap = max_cache_tokens
             return LeasedCache(config, lambda index: CappedLayer(cap, lease))

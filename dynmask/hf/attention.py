@@ -13,7 +13,7 @@ from dynmask.hf import compat
 from dynmask.hf.callmask import mask_of_call
 from dynmask.hf.dynamic import HeadStripes, LayerPolicy, LongCall
 from dynmask.hf.keys import KeySlots, slots_of
-from dynmask.hf.leased import Lease, LeasedLayer, leased_layer
+from dynmask.hf.leased import LeasedLayer, leased_layer
 from dynmask.hf.parallel import heads_here
 from dynmask.hf.policy import PolicyCalls
 from dynmask.hf.tally import Sequences, Tally, kind_of
@@ -36,7 +36,6 @@ class Attached:
         impl: str,
         tally: Tally,
         own: str | None,
-        lease: Lease,
     ):
         self.layer = layer
         self.stripes = stripes
@@ -45,7 +44,6 @@ class Attached:
         self.impl = impl
         self.tally = tally
         self.own = own
-        self.lease = lease
         self.striped = stripes is not None and not bool(stripes.full_heads.all())
         self._copies = None if stripes is None else HeadStripes(stripes)
 
@@ -184,7 +182,6 @@ def _run(
         attached.meet(query.shape[1])
     if attached is None or layer is None:
         return _attend(attached, module, query, key, value, attention_mask, dropout, scaling)
-    layer.check_run(attached.lease)
     if isinstance(attention_mask, Tensor):
         raise ValueError(
             f"layer {attached.layer.index} got an attention mask that is not plain causal, and a "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dynmask.hf import compat
@@ -17,7 +19,7 @@ _LAYER = "_dynmask_cache_layer"
 
 
 class Lease:
-    """Says whether a run still holds its model; copies of a cache share it.
+    """Says whether a run still holds its model, and who calls; copies of a cache share it.
 
     Args:
         group: The processes that the model's heads are split over; None if each has all of them.
@@ -26,6 +28,36 @@ class Lease:
     def __init__(self, group: Any = None) -> None:
         self.open = True
         self.group = group
+        self._of_thread = threading.local()
+        self._watching: list[RemovableHandle] = []
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is inside one of the watched modules."""
+        return getattr(self._of_thread, "inside", False)
+
+    def watch(self, modules: Iterable[nn.Module]) -> None:
+        """Take note of calls of these attention modules; only the first time."""
+        if not self._watching:
+            for module in modules:
+                self._watching += [
+                    module.register_forward_pre_hook(self._enter),
+                    module.register_forward_hook(self._leave, always_call=True),
+                ]
+
+    def end(self) -> None:
+        """Refuse all further calls."""
+        self.open = False
+        for handle in self._watching:
+            handle.remove()
+
+    @torch.compiler.disable
+    def _enter(self, *_: Any) -> None:
+        self._of_thread.inside = True
+
+    @torch.compiler.disable
+    def _leave(self, *_: Any) -> None:
+        self._of_thread.inside = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
@@ -58,15 +90,21 @@ class LeasedLayer(DynamicLayer):
     def begin(self, key_states: Tensor) -> None:
         """Count the tokens of a new call.
 
+        What is kept follows from the masks of the run that made the cache.
+
         Raises:
-            ValueError: The call is not one of the run that made the cache, or the one before it
-                was cut off.
+            ValueError: The call is not one of that run's model, and nothing is changed; or the one
+                before it was cut off.
         """
-        if not self._lease.open or not self._settled:
+        if not (self._lease.open and self._lease.inside):
             raise ValueError(
-                "this cache is for the model inside accelerate() that made it, or its last call "
-                "was cut off (out of memory, interrupted): run that model inside the with block, "
-                "and make a new cache with run.cache() for each run and after an error"
+                "this cache is for the model inside accelerate() that made it: run that model "
+                "inside the with block, and make a new cache with run.cache() for each run"
+            )
+        if not self._settled:
+            raise ValueError(
+                "the last call with this cache was cut off (out of memory, interrupted): make a "
+                "new cache with run.cache() and give it the whole prompt again"
             )
         self._batch = len(key_states)
         self._seen += key_states.shape[2]
@@ -78,21 +116,6 @@ class LeasedLayer(DynamicLayer):
         keys = keys.view_as(keys)
         setattr(keys, _LAYER, self)
         return keys
-
-    def check_run(self, lease: Lease) -> None:
-        """Refuse another run's model: what is kept follows from the masks of this one.
-
-        Args:
-            lease: Of the run that runs the model.
-
-        Raises:
-            ValueError: The cache is of another run.
-        """
-        if lease is not self._lease:
-            raise ValueError(
-                "this cache was made by the run of another model: make one with the cache() of "
-                "the run that accelerates this model"
-            )
 
     def check(self, slots: KeySlots) -> None:
         """Refuse to go on where layers have seen different tokens.

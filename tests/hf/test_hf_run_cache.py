@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 
@@ -384,10 +385,51 @@ def test_layers_that_share_keys_are_refused(cap):
         run.cache(cap)
 
 
+@pytest.mark.parametrize("accelerated", [True, False])
 @pytest.mark.parametrize("cap", [None, 200])
-def test_a_cache_of_another_run_is_refused(cap):
+def test_a_cache_refused_to_another_model_goes_on(cap, accelerated):
     model, other = make_model("llama"), make_model("llama", seed=1)
-    with accelerate(model, make_plan(model), mode="static") as run, accelerate(other):
-        cache = run.cache(cap)
-        with torch.no_grad(), pytest.raises(ValueError, match="the run of another model"):
+    ids = random_ids(1, 9)
+    with (
+        torch.no_grad(),
+        accelerate(model, make_plan(model), mode="static") as run,
+        accelerate(other) if accelerated else contextlib.nullcontext(),
+    ):
+        expected = run.cache(cap)
+        model(ids[:, :8], past_key_values=expected)
+        cache = copy.deepcopy(expected)
+        for tokens in (ids, ids[:, 8:]):
+            with pytest.raises(ValueError, match="the model inside accelerate"):
+                other(tokens, past_key_values=cache)
+        found, expected = (model(ids[:, 8:], past_key_values=x).logits for x in (cache, expected))
+        assert torch.equal(found, expected)
+    with torch.no_grad(), pytest.raises(ValueError, match="the model inside accelerate"):
+        model(ids[:, 8:], past_key_values=cache)
+
+
+def test_a_model_has_no_hooks_after_its_run():
+    model = make_model("llama")
+    with accelerate(model, make_plan(model), mode="static") as run:
+        run.cache()
+        run.cache()
+        hooks = [len(m._forward_hooks) for m in model.modules()]
+        assert sum(hooks) == len(model.model.layers)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_call_that_broke_does_not_open_the_cache_to_others():
+    model, other = make_model("llama"), make_model("llama", seed=1)
+
+    def stop(*args):
+        raise RuntimeError
+
+    with torch.no_grad(), accelerate(model, make_plan(model), mode="static") as run:
+        cache = run.cache()
+        hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(stop)
+        with pytest.raises(RuntimeError):
+            model(random_ids(1, 9), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="the model inside accelerate"):
             other(random_ids(1, 9), past_key_values=cache)
