@@ -218,7 +218,11 @@ def mqar(part: str, rows: Sequence[Row]) -> str:
             "Accuracy in %, mean of the seeds (least to largest):\n",
             table(["method", "parameters", "rate", "seeds", *columns], scores),
             rates(rows),
-            *([f"Trained on a CPU, in float32: {cpu}.\n"] if cpu else []),
+            *(
+                [f"Trained on a CPU in float32, the others on a GPU in bfloat16: {cpu}.\n"]
+                if cpu
+                else []
+            ),
         ]
     )
 

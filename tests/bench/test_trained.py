@@ -180,7 +180,7 @@ def test_methods_are_timed_together(scripts, recall, capsys):
         row["environment"]["device"]["type"] = kind
     text, _ = scripts.trained_page.page({"mqar": first.rows})
     trained = f"{scripts.trained_page.NAMES[first.rows[0]['method']]} at 0.01 seed 0"
-    assert f"Trained on a CPU, in float32: {trained}.\n" in text
+    assert f"Trained on a CPU in float32, the others on a GPU in bfloat16: {trained}.\n" in text
 
 
 def test_ratios_are_those_of_one_process(scripts):
