@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from stripes_cpu import DIM, GROUPS, HEADS, LENGTHS, options, quartiles, timed, write
+from stripes_cpu import DIM, GROUPS, HEADS, LENGTHS, in_turn, options, quartiles, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -71,13 +71,7 @@ def measure(length: int, keep: int, kind: str, q_len: int, rounds: int) -> dict:
         runs["with selection"] = lambda: attention(
             q, k, v, Lifetimes.top(score, keep=keep), impl="cpu"
         )
-    repeats = 20 if q_len == 1 else max(1, 2048 // length)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            spent = sum(timed(run) for _ in range(repeats)) / repeats
-            if turn:  # the first round warms up
-                times[name].append(spent)
+    times = in_turn(runs, rounds, repeats=20 if q_len == 1 else max(1, 2048 // length))
     causal = q_len * length - q_len * (q_len - 1) // 2
     computed = computed_pairs(mask, q_len, ratio=HEADS // GROUPS)
     first = length - q_len

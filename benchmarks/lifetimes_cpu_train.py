@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from lifetimes_cpu import KEEPS, scores
-from stripes_cpu import DIM, GROUPS, HEADS, LENGTHS, options, quartiles, timed, write
+from stripes_cpu import DIM, GROUPS, HEADS, LENGTHS, in_turn, options, quartiles, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -62,12 +62,7 @@ def measure(length: int, keep: int, kind: str, rounds: int) -> dict:
     }
     if length <= DENSE:
         runs["sdpa under the mask"] = lambda: gradients(inputs, keep, "sdpa")
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            spent = timed(run)
-            if turn:  # the first round warms up
-                times[name].append(spent)
+    times = in_turn(runs, rounds)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     return {
         "length": length,

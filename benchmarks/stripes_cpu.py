@@ -15,12 +15,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import dynmask
+from dynmask.bench.environment import environment
 from dynmask.masks import Stripes
 from dynmask.ops import attention, choose, computed_pairs
 
@@ -97,6 +99,19 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def in_turn(
+    runs: dict[str, Callable[[], object]], rounds: int, *, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Return the seconds of each, by round, after a round that warms up; all in every round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            spent = sum(timed(run) for _ in range(repeats)) / repeats
+            if turn:
+                times[name].append(spent)
+    return times
+
+
 def quartiles(values: list[float]) -> list[float]:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return [round(x, 6) for x in (low, middle, high)]
@@ -111,21 +126,12 @@ def measure(length: int, density: float, q_len: int, rounds: int) -> list[dict]:
     errors = {kind: gate(q, k, v, mask) for kind, mask in masks.items()}
     q = q[:, :, length - q_len :]
 
-    def dense() -> object:
-        return scaled_dot_product_attention(q, k, v, is_causal=q_len > 1, enable_gqa=True)
-
-    repeats = 1 if q_len > 1 else 20
-    times: dict[str, list[float]] = {kind: [] for kind in ("sdpa", *KINDS)}
-    for turn in range(rounds + 1):
-        for kind in times:
-            spent = 0.0
-            for _ in range(repeats):
-                if kind == "sdpa":
-                    spent += timed(dense)
-                else:
-                    spent += timed(lambda m=masks[kind]: attention(q, k, v, m, impl="cpu"))
-            if turn:  # the first round warms up
-                times[kind].append(spent / repeats)
+    runs: dict[str, Callable[[], object]] = {
+        "sdpa": partial(scaled_dot_product_attention, q, k, v, is_causal=q_len > 1, enable_gqa=True)
+    }
+    for kind, mask in masks.items():
+        runs[kind] = partial(attention, q, k, v, mask, impl="cpu")
+    times = in_turn(runs, rounds, repeats=1 if q_len > 1 else 20)
     causal = q_len * length - q_len * (q_len - 1) // 2
     return [
         {
@@ -206,6 +212,7 @@ def write(given: argparse.Namespace, cells: list[dict], load: list[float], **mor
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dynmask": dynmask.__version__,
+        "commit": environment("cpu")["commit"],
         "baseline": "torch scaled_dot_product_attention, is_causal=True, float32",
         "shape": {"batch": 1, "heads": HEADS, "kv_heads": GROUPS, "dim": DIM},
         **more,

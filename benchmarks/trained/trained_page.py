@@ -211,18 +211,15 @@ def mqar(part: str, rows: Sequence[Row]) -> str:
                 ),
             ]
         )
-    cpu = runs_of(row for row in rows if row["environment"]["device"]["type"] == "cpu")
+    cpu = [row for row in rows if row["environment"]["device"]["type"] == "cpu"]
+    mixed = f"Trained on a CPU in float32, the others on a GPU in bfloat16: {runs_of(cpu)}.\n"
     return "\n".join(
         [
             *head,
             "Accuracy in %, mean of the seeds (least to largest):\n",
             table(["method", "parameters", "rate", "seeds", *columns], scores),
             rates(rows),
-            *(
-                [f"Trained on a CPU in float32, the others on a GPU in bfloat16: {cpu}.\n"]
-                if cpu
-                else []
-            ),
+            *([mixed] if 0 < len(cpu) < len(rows) else []),
         ]
     )
 

@@ -35,7 +35,7 @@ class ScoredHead:
         model: of transformers.
 
     Attributes:
-        partial: whether the last pass left positions out.
+        partial: whether any pass has left positions out.
     """
 
     def __init__(self, model: Any) -> None:
@@ -57,8 +57,8 @@ class ScoredHead:
             self._at = None
 
     def _gather(self, head: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        self.partial = self._at is not None
         if self._at is None:
             return given
+        self.partial = True
         (hidden,) = given
         return (hidden.flatten(0, 1)[self._at][None],)

@@ -178,6 +178,7 @@ def test_methods_are_timed_together(scripts, recall, capsys):
     assert "With initial weights: MHA.\n" in text
     for row, kind in zip(first.rows, ("cpu", *["cuda"] * len(first.rows)), strict=False):
         row["environment"]["device"]["type"] = kind
+    assert "Trained on a CPU" not in text, "all were, or none"
     text, _ = scripts.trained_page.page({"mqar": first.rows})
     trained = f"{scripts.trained_page.NAMES[first.rows[0]['method']]} at 0.01 seed 0"
     assert f"Trained on a CPU in float32, the others on a GPU in bfloat16: {trained}.\n" in text
