@@ -149,6 +149,13 @@ def chosen(rows: Sequence[Row], method: str) -> list[Row]:
     return sorted((r for r in mine if r["lr"] == best["lr"]), key=lambda r: r["seed"])
 
 
+def seeds_of(rows: Sequence[Row], runs: Sequence[Row]) -> str:
+    """How many seeds a mean is of, and how many more diverged at its rate."""
+    of = (runs[0]["method"], runs[0]["lr"])
+    lost = sum("diverged" in row for row in rows if (row["method"], row["lr"]) == of)
+    return f"{len(runs)} ({lost} diverged)" if lost else f"{len(runs)}"
+
+
 def spread(values: Sequence[float], form: str) -> str:
     """The mean, with the least and the largest where there are several."""
     mean = format(statistics.fmean(values), form)
@@ -204,7 +211,7 @@ def mqar(part: str, rows: Sequence[Row]) -> str:
                 NAMES[method],
                 f"{runs[0]['parameters'] / 1e6:.2f}M",
                 f"{runs[0]['lr']:g}",
-                str(len(runs)),
+                seeds_of(rows, runs),
                 *(
                     spread([100 * at["accuracy"] for at in each], ".1f")
                     for each in zip(*by, strict=True)
@@ -273,7 +280,7 @@ def scaling(part: str, rows: Sequence[Row]) -> str:
                 NAMES[method],
                 f"{runs[0]['parameters'] / 1e6:.1f}M",
                 f"{runs[0]['lr']:g}",
-                str(len(runs)),
+                seeds_of(rows, runs),
                 spread([run["perplexity"]["score"] for run in runs], ".3f"),
                 spread([run["perplexity"]["metrics"]["bits_per_byte"] for run in runs], ".4f"),
                 against(pairs),

@@ -310,6 +310,10 @@ def test_a_run_that_diverges_is_a_figure(scripts, recall, monkeypatch):
     first.run(recall.evaluate, keep=False)
     assert [row["diverged"] for row in first.rows] == ["the loss of step 2 is nan"] * 2
     assert "| MHA | diverged | diverged |" in scripts.trained_page.page({"mqar": first.rows})[0]
+    ran = {"method": "mha", "lr": 0.01, "seed": 0}
+    lost, elsewhere = (first.rows[0] | {"seed": 1}), (first.rows[1] | {"seed": 1})
+    assert scripts.trained_page.seeds_of([ran, lost, elsewhere], [ran]) == "1 (1 diverged)"
+    assert scripts.trained_page.seeds_of([ran, elsewhere], [ran]) == "1"
     monkeypatch.setattr(scripts.cells, "train", None)
     recall.make(["mha"], lrs=[0.01, 9.0]).run(recall.evaluate, keep=False)
 
