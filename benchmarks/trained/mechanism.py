@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from cells import DEVICE, HERE, Runner, Task, arguments, parameters, tidy
+from fixed import fixed_scores
 from grid import Cell, Grid, Part, Row, digest
 from jobs import go
 from kinds import kinds_of_recall
@@ -47,7 +48,7 @@ class Ablations:
         folder: where the recipes lie, one a task.
         tasks: names of the recipes.
         seeds: of weights and batches.
-        rows: by name what is changed, see `settings` and `near`.
+        rows: by name what is changed, see `settings`, `near` and `fixed`.
         evaluation: by task what is measured.
     """
 
@@ -73,6 +74,10 @@ class Ablations:
         given = self.rows[row].get("nearest", 0)
         return int(given[task] if isinstance(given, dict) else given)
 
+    def fixed(self, row: str) -> bool:
+        """Whether ``Wdt`` and ``A`` are not trained."""
+        return bool(self.rows[row].get("fixed", False))
+
     def cell(self, row: str, task: str, seed: int, *, free: list[str]) -> Cell:
         """One run. Its part is the task, its method the row."""
         grid = Grid("mechanism", (task,), (), {})
@@ -80,9 +85,11 @@ class Ablations:
         lr = yaml.safe_load((self.folder / f"{task}.yaml").read_text(encoding="utf-8"))["lr"]
         part = Part(task, (lr,), (seed,), settings=settings)
         made = grid.cell(self.folder, part, task, lr, seed, free=free)
-        near = self.near(row, task)
-        key = digest([made.key, near]) if near else made.key
+        near, fixed = self.near(row, task), self.fixed(row)
+        besides = [*([near] if near else []), *(["fixed"] if fixed else [])]
+        key = digest([made.key, *besides]) if besides else made.key
         named = made.named | ({"nearest": near} if near else {})
+        named |= {"fixed": True} if fixed else {}
         return dataclasses.replace(made, method=row, key=key, named=named)
 
 
@@ -119,7 +126,8 @@ class Mechanism(Runner):
         """
 
         def make(cell: Cell, key: str) -> None:
-            with nearest(self.ablations.near(cell.method, cell.part)):
+            near = self.ablations.near(cell.method, cell.part)
+            with nearest(near), fixed_scores(self.ablations.fixed(cell.method)):
                 row = self.trained(cell) | {"key": key}
                 if "failed" not in row and "diverged" not in row:
                     row |= self.measured(cell, self.evaluate)

@@ -36,7 +36,8 @@ for larger ones or after more text.
 this makes, at the length of the test. *Nearest* keys are not part of the choice: a key enters it
 when it is no longer near, and then the best `keep` are kept. They are forced in by the benchmark;
 the package's option for the same, `DmaConfig.window`, came later and counts them in `keep`, and
-DMA as published has none. There is one learning
+DMA as published has none. *Fixed*: `Wdt` and `A` are not trained; values, which the score reads,
+are, by its gradient too. There is one learning
 rate, the base's own; a row that wants another is wronged. Batches and, but for `A`, initial
 weights are the same at the same seed.
 

@@ -39,6 +39,9 @@ The learning rate of a method is the best of those that were tried, at the first
 loss, of other data than the figures; in recall by the accuracy that is shown, mean of the lengths.
 What all rates came to stands below each table. Cells that are empty have not been run. Chance
 decides among methods whose seeds overlap, and one seed says nothing about that.
+
+DMA's scores had no bound in these runs: `exp(A softplus(Wdt v))`, which overflows. Since then the
+tangent takes the place of exp above 148.
 """
 
 MQAR = """\

@@ -42,8 +42,8 @@ class DmaConfig(PreTrainedConfig):
         threshold: Keys with a lower score are never kept, besides the limit of ``keep`` (with
             ``keep=None`` it is the only rule, and the number of keys follows the content); the
             nearest ones of a ``window`` are. A row without any key gives 0. None for no threshold.
-        score: ``"exp"``: ``exp(A softplus(Wdt v))``, the paper's, or ``"linear"``:
-            ``A softplus(Wdt v)``, that of its authors' later kernels.
+        score: ``"exp"``: ``exp(A softplus(Wdt v))``, the paper's, above 148 by its tangent, or
+            ``"linear"``: ``A softplus(Wdt v)``, that of its authors' later kernels.
         a_std: Standard deviation of the score's initial ``A``; None for ``initializer_range``. With
             0, as in Doge, all keys tie at the start and ``Wdt`` gets no gradient in the first step.
         qk_norm: RMSNorm of each query and key head before RoPE, as in Qwen3 and Doge.

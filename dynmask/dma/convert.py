@@ -60,7 +60,7 @@ def from_doge(model: PreTrainedModel | str | PathLike[str]) -> DmaForCausalLM:
       repeats tokens the two may keep different ones. With ``A = 0`` all keys of a layer tie.
 
     In float16 or bfloat16 Doge rounds the scores too, which makes more of them equal; here they are
-    float32.
+    float32. A score above 148 goes on as a tangent here and as exp there (`dynmask.dma.score`).
 
     Args:
         model: A ``DogeForCausalLM``, the folder of a checkpoint, or its name on a hub (load the

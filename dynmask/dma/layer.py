@@ -33,7 +33,8 @@ class DynamicMaskAttention(nn.Module):
         o_i     = softmax over S_i of (q_i k_j / sqrt(d) + delta_j), times v_j
         y       = Wo concat(o)
 
-    with ``w = keep`` and ``n = window``, 0 in the paper. The choice of ``S_i`` has no gradient;
+    with ``w = keep`` and ``n = window``, 0 in the paper; above 148 the tangent of exp takes its
+    place (`dynmask.dma.score`). The choice of ``S_i`` has no gradient;
     ``delta`` learns through its place in the logits, from the rows that saw the key. The score of a
     token does not depend on any other, so later tokens never change what a row sees, unless
     ``keep`` is a share of the length.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 SCORES = ("exp", "linear")
 """The forms of the score: ``exp(A softplus(dt))``, and ``A softplus(dt)``."""
 
+STEEP = 5.0
+"""The exponent from which on ``exp`` goes on as its tangent."""
+
 
 class ValueScore(nn.Module):
     r"""Score every key by the values of its token: ``delta[b, g, j]``, the same for all queries.
@@ -19,6 +23,11 @@ class ValueScore(nn.Module):
     ``dt[b, j] = Wdt concat_g(v[b, g, j])``, then ``exp(A_g softplus(dt[b, j, g]))`` or, without the
     exp, ``A_g softplus(dt[b, j, g])``. Each kv head's score sees the values of all kv heads. Values
     carry no position, so neither does the score.
+
+    Beyond the exponent `STEEP`, from a score of 148 on, the tangent of exp takes its place:
+    ``e^5 (1 + x - 5)`` for ``x > 5``, which keeps the order and a gradient. A score is a bias of
+    logits, where a lead of 20 is all there is to gain; exp goes on to 1e9 in training at a high
+    rate, where float32 has no digits left for the rest of a logit, and then to inf and NaN.
 
     Computed in float32 (float64 for float64 values) whatever the dtype of values and weights, and
     outside autocast: in bfloat16 thousands of keys share a handful of scores, and the selection
@@ -82,9 +91,15 @@ class ValueScore(nn.Module):
             if self.own_heads is not None:
                 dt = self.own_heads(dt)
             step = F.softplus(dt) * factor.to(dtype)
-            score = step.exp() if self.form == "exp" else step
+            score = _bounded_exp(step) if self.form == "exp" else step
             return score.transpose(1, 2)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows of it."""
         return f"form={self.form!r}"
+
+
+def _bounded_exp(x: Tensor) -> Tensor:
+    # Not a sum of both parts: their gradients would cancel, but for rounding.
+    tangent = math.exp(STEEP) * (1 + (x - STEEP))
+    return torch.where(x > STEEP, tangent, x.clamp(max=STEEP).exp())

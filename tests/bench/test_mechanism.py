@@ -16,6 +16,7 @@ from trained_arguments import arguments
 from dynmask.assets import load_texts, load_tokenizer
 from dynmask.dma import DmaConfig, DmaForCausalLM
 from dynmask.masks import Lifetimes
+from dynmask.train.models import build_model
 from dynmask.train.mqar import Mqar, Recall
 from dynmask.train.source import Step
 
@@ -25,6 +26,7 @@ NAMES = (
     "jobs",
     "grid",
     "cells",
+    "fixed",
     "mqar",
     "past",
     "trained_page",
@@ -270,6 +272,7 @@ GRID = {
         "linear score": {"set": ["model.score=linear"]},
         "own key forced in": {"nearest": {"recall": 1, "text": 2}, "set": ["model.keep=7"]},
         "all keys": {"recall": ["model.keep=null"], "text": ["model.keep=null"]},
+        "fixed score": {"fixed": True},
     },
     "evaluation": {
         "text": {"length": 64, "windows": 3, "picked": 2, "first": 2, "last": 4},
@@ -340,7 +343,8 @@ def test_every_row_is_trained_and_measured_once(scripts, tiny_grid, cells, monke
             assert [(at["pairs"], at["rows"]) for at in row["recall"]] == [(2, 6), (4, 6)]
         else:
             assert row["perplexity"]["n"] == len(row["perplexity"]["rows"]) == 3
-        picks = {"base": 3, "linear score": 1}.get(row["method"], 0)
+        assert row["recipe"].get("fixed", False) == (row["method"] == "fixed score")
+        picks = {"base": 3, "linear score": 1, "fixed score": 1}.get(row["method"], 0)
         assert len(row.get("picks", ())) == picks
         assert ("keep_changed" in row) == (row["method"] != "all keys")
     assert len({row["key"] for row in rows}) == len({row["run"] for row in rows}) == len(rows)
@@ -367,6 +371,21 @@ def test_forced_keys_take_part_in_training_and_test(scripts, tiny_grid, cells, t
     without = next(c for c in plain.cells() if c.method.startswith("own"))
     assert without.key != cell.key
     assert plain.trained(without)["loss"] != forced["loss"]
+
+
+def test_a_fixed_score_stays_as_it_was_initialised(scripts, tiny_grid, cells):
+    rows, folder = cells
+    part, (base, fixed) = "recall", ("base", "fixed score")
+    run = {row["method"]: row["run"] for row in rows if row["part"] == part}
+    made = runner(scripts, tiny_grid, folder)
+    recipe = made.ablations.cell(base, part, 0, free=[]).recipe
+    start = build_model(recipe, vocab_size=recipe.data.vocab_size).state_dict()
+    trained = {row: scripts.cells.loaded(folder / "runs" / run[row] / "model")[0] for row in run}
+    for name, weight in start.items():
+        stays = name.endswith(("score.A", "dt_proj.weight"))
+        assert torch.equal(trained[fixed].state_dict()[name], weight.bfloat16().float()) == stays
+        assert not torch.equal(trained[base].state_dict()[name], weight.bfloat16().float())
+    assert all(weight.requires_grad for weight in trained[fixed].parameters())
 
 
 def test_the_page(scripts, cells, tmp_path):
@@ -405,13 +424,14 @@ def test_committed_rows_differ_from_the_base_in_what_they_name(scripts):
         for name in ablations.rows:
             near = ablations.near(name, task)
             row = ablations.cell(name, task, 0, free=[]).named
-            assert {**row, "model": 0, "nearest": 0} == {**base, "model": 0, "nearest": 0}
+            besides = {"model": 0, "nearest": 0, "fixed": 0}
+            assert {**row, **besides} == {**base, **besides}
             changed = {k for k in row["model"] if row["model"][k] != base["model"].get(k)}
             if near:
                 assert changed == {"keep"}
                 assert row["model"]["keep"] + near == base["model"]["keep"]
             else:
-                assert len(changed) == (name != "base")
+                assert len(changed) + ablations.fixed(name) == (name != "base")
         assert ablations.evaluation[task]["length"] == base["phases"][-1]["length"]
         assert 2 * base["model"]["keep"] < ablations.evaluation[task]["length"]
 

@@ -32,7 +32,7 @@ def config(**changes) -> DmaConfig:
 def make_layer(*, seed: int = 0, dtype=torch.float32, **changes) -> DynamicMaskAttention:
     torch.manual_seed(seed)
     layer = DynamicMaskAttention(config(**changes)).to(dtype).eval()
-    torch.nn.init.normal_(layer.score.A)
+    torch.nn.init.normal_(layer.score.A, std=0.5)
     return layer
 
 

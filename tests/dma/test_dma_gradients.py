@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dma_models import hidden, make_layer, make_model, paper_layer, random_ids
+from features import lacks_kernels, needs
+from kernel_cases import GPU, require_triton
 
 from dynmask.dma import DmaForCausalLM
 
@@ -39,6 +41,34 @@ def test_gradients_are_those_of_the_paper():
     for a, b in zip(ours, paper, strict=True):
         assert b.abs().max() > 1e-6
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "cpu", "triton"])
+def test_scores_whose_exp_no_float_holds(impl):
+    if impl == "triton":
+        require_triton()
+        needs(lacks_kernels)
+    device = "cuda" if impl == "triton" and GPU else "cpu"
+
+    def gradients(layer, x):
+        with torch.no_grad():
+            layer.score.A.fill_(3.0)
+            layer.score.dt_proj.weight.mul_(20)
+        values = layer.v_proj(x).view(1, 40, 2, 8).transpose(1, 2)
+        exponent = torch.nn.functional.softplus(
+            layer.score.dt_proj(values.transpose(1, 2).flatten(2))
+        )
+        assert (3.0 * exponent.max()).float().exp().isinf()
+        weight = hidden(1, 40, seed=1).to(x)
+        return torch.autograd.grad((layer(x) * weight).sum(), [x, *layer.parameters()])
+
+    x = hidden(1, 40)
+    exact = gradients(make_layer(dtype=F64, impl="reference"), x.to(F64).requires_grad_())
+    found = gradients(make_layer(impl=impl).to(device), x.to(device).requires_grad_())
+    # One key has all of a row's attention, so queries, keys and scores get next to nothing.
+    largest = max(b.norm() for b in exact)
+    for a, b in zip(found, exact, strict=True):
+        assert (a.cpu() - b).norm() < 0.005 * largest
 
 
 def attend(keep, rows, length=12):

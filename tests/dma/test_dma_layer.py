@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from dma_models import hidden, make_layer, paper_layer
@@ -9,6 +11,7 @@ from features import lacks_compile, needs
 from transformers import DynamicCache, StaticCache
 
 from dynmask.dma import DmaConfig, DmaForCausalLM, DynamicMaskAttention, LifetimeCache
+from dynmask.dma.score import ValueScore
 
 F64 = {"dtype": torch.float64}
 
@@ -37,6 +40,24 @@ def test_equals_the_paper(options, length):
     keep = layer.config.keep or length
     expected = paper_layer(layer, x[0], keep=keep, threshold=layer.config.threshold)
     close(layer(x)[0], expected, 1e-9 if layer.config.threshold is None else 1e-6)
+
+
+def test_the_score_is_exp_up_to_148_and_its_tangent_above():
+    score = ValueScore(1, 1).double()
+    torch.nn.init.ones_(score.dt_proj.weight)
+    torch.nn.init.ones_(score.A)
+    # softplus(x) is x to nine digits from 20 on.
+    exponent = torch.cat([torch.linspace(-20, 20, 81), torch.tensor([88.8, 1e4, 1e9])]).double()
+    exponent.requires_grad_()
+    found = score(exponent.view(1, 1, -1, 1))[0, 0]
+    x = torch.nn.functional.softplus(exponent.detach())
+    exact, steep = x <= 5, math.exp(5)
+    close(found[exact], x[exact].exp(), 1e-12)
+    close(found[~exact], steep * (1 + (x[~exact] - 5)), 1e-9)
+    assert (found.diff() > 0).all()
+    (slope,) = torch.autograd.grad(found.sum(), exponent)
+    assert slope[-1] == steep
+    assert score.float()(exponent.detach().float().view(1, 1, -1, 1)).isfinite().all()
 
 
 def test_share_of_the_length():
