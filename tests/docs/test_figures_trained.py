@@ -139,7 +139,12 @@ def test_facts_want_more_keys():
     )
     given = {"low": min(own["base"]), "high": max(own["base"])}
     given |= {"every": statistics.fmean(own["all keys"]), "doubled": statistics.fmean(doubled)}
-    assert said.format(found, **given) in " ".join(text("docs/dma.md").split())
+    page = " ".join(text("docs/dma.md").split())
+    assert said.format(found, **given) in page
+    fixed = own["Wdt and A fixed"]
+    ends = {"low": min(fixed), "high": max(fixed)}
+    said = "64 kept keys answer {:.0f} % ({low:.0f} to {high:.0f} by the seed). The score"
+    assert said.format(statistics.fmean(fixed), **ends) in page
 
 
 def test_associative_recall():
