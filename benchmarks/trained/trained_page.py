@@ -40,8 +40,8 @@ loss, of other data than the figures; in recall by the accuracy that is shown, m
 What all rates came to stands below each table. Cells that are empty have not been run. Chance
 decides among methods whose seeds overlap, and one seed says nothing about that.
 
-DMA's scores had no bound in these runs: `exp(A softplus(Wdt v))`. Since then the tangent takes the
-place of exp above 148.
+DMA's scores had no bound in runs up to commit 200bf05: `exp(A softplus(Wdt v))`. Since then the
+tangent takes the place of exp above 148.
 """
 
 MQAR = """\

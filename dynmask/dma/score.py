@@ -26,8 +26,8 @@ class ValueScore(nn.Module):
 
     Beyond the exponent `STEEP`, from a score of 148 on, the tangent of exp takes its place:
     ``e^5 (1 + x - 5)`` for ``x > 5``, which keeps the order and a gradient. A score is a bias of
-    logits, where a lead of 20 is all there is to gain; exp went to 1e9 and more in training at a
-    high rate, where float32 has no digits left for the rest of a logit.
+    logits, where a lead of 20 is all there is to gain; in training at a high rate exp grows on,
+    until float32 has no digits left for the rest of a logit.
 
     Computed in float32 (float64 for float64 values) whatever the dtype of values and weights, and
     outside autocast: in bfloat16 thousands of keys share a handful of scores, and the selection

@@ -94,9 +94,8 @@ def attention(
         mask: What each head sees; None means causal. `Stripes` have ``H`` heads; `Lifetimes` and
             `Blocks` have ``G``, or 1 for all, and as many batch rows as q, or 1 for all.
             `Lifetimes` are for ``K`` keys exactly.
-        bias: ``[B, G, K]`` float, added to the scaled logits of every row that sees the key. Keep
-            it under 1e4: logits are float32, and the backward pass of ``"triton"`` is off by 1e-3
-            where they are 1e5, and has no digit right at 1e7.
+        bias: ``[B, G, K]`` float, added to the scaled logits of every row that sees the key. Up
+            to 1e4: logits are float32, and beyond the backward pass of ``"triton"`` loses digits.
         scale: Factor of the logits; ``1 / sqrt(D)`` by default.
         impl: ``"auto"`` (see `choose`), or a backend by name: ``"cpu"``, ``"triton"``,
             ``"flex"``, ``"sdpa"``, ``"reference"``. A named backend never falls back to another.

@@ -380,7 +380,9 @@ def test_a_fixed_score_stays_as_it_was_initialised(scripts, tiny_grid, cells):
     made = runner(scripts, tiny_grid, folder)
     recipe = made.ablations.cell(base, part, 0, free=[]).recipe
     start = build_model(recipe, vocab_size=recipe.data.vocab_size).state_dict()
-    trained = {row: scripts.cells.loaded(folder / "runs" / run[row] / "model")[0] for row in run}
+    trained = {
+        row: scripts.cells.loaded(folder / "runs" / run[row] / "model")[0] for row in (base, fixed)
+    }
     for name, weight in start.items():
         stays = name.endswith(("score.A", "dt_proj.weight"))
         assert torch.equal(trained[fixed].state_dict()[name], weight.bfloat16().float()) == stays

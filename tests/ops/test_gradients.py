@@ -1,7 +1,10 @@
 import pytest
 import torch
 from attention_cases import padding, stripes, tensors
+from features import lacks_kernels, needs
+from kernel_cases import GPU, require_triton
 
+from dynmask.masks import Lifetimes
 from dynmask.ops import attention, reference
 
 
@@ -44,3 +47,25 @@ def test_gradients_agree_with_the_reference(impl):
         grads.append([t.grad for t in (*inputs, bias)])
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "cpu", "triton"])
+def test_gradients_under_large_biases(impl):
+    """The bound that `attention` names: beyond it a stored log-sum-exp is too coarse."""
+    if impl == "triton":
+        require_triton()
+        needs(lacks_kernels)
+    device = "cuda" if impl == "triton" and GPU else "cpu"
+    inputs = tensors(1, 4, 2, 130, 130, 16)
+    bias = torch.rand(1, 2, 130, generator=torch.Generator().manual_seed(0))
+    bias[:, 0, 17], bias[:, 0, 60], bias[:, 1, 5] = 7.3e3, 3.1e3, 1e4
+
+    def gradients(impl, **to):
+        leaves = [x.detach().to(**to).requires_grad_() for x in (*inputs, bias)]
+        mask = Lifetimes.top(leaves[3].detach(), keep=37)
+        out = attention(*leaves[:3], mask, bias=leaves[3], impl=impl)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    exact = gradients("reference", dtype=torch.float64)
+    for found, right in zip(gradients(impl, device=device), exact, strict=True):
+        assert (found.cpu() - right).norm() < 1e-3 * right.norm()
