@@ -261,6 +261,7 @@ BAD = {
     "report-out": ("report --plan {plan} --out {tmp}/short.txt/r.html", "--out"),
     "eval-out-is-a-folder": ("eval longeval --out {tmp}/empty", "is a folder"),
     "report-out-is-a-folder": ("report --plan {plan} --out {plan}", "is a folder"),
+    "other-tokenizer": ("eval longeval --model {small} --lines 4", "has 257 tokens, the model 9"),
     "no-tokenizer": ("eval longeval --model {bare} --lines 4", "makes no tokens"),
 }
 
@@ -271,11 +272,14 @@ def test_bad_input_is_exit_code_2_and_one_sentence(case, capsys, tmp_path, model
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "a.pdf").write_text("x")
     (tmp_path / "empty").mkdir()
-    if "{bare}" in words:  # A Qwen3 without files of a tokenizer gets an empty one.
+    if "{bare}" in words or "{small}" in words:
+        # A Qwen3 without files of a tokenizer gets an empty one.
         bare = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
         bare |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 9}
         qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**bare))
         qwen.save_pretrained(tmp_path / "bare")
+        qwen.save_pretrained(tmp_path / "small")
+        tiny_tokenizer().save_pretrained(tmp_path / "small")
     places = {
         "tmp": str(tmp_path),
         "model": model,
@@ -286,6 +290,7 @@ def test_bad_input_is_exit_code_2_and_one_sentence(case, capsys, tmp_path, model
         "tensors": hurt(plan, tmp_path / "tensors", "*.safetensors", lambda b: b[:-9]),
         "other": save_model(tmp_path / "other", seed=1) if "{other}" in words else "",
         "bare": str(tmp_path / "bare"),
+        "small": str(tmp_path / "small"),
     }
     before = sorted(path.name for path in tmp_path.iterdir())
     code, document, err = call(capsys, *(word.format(**places) for word in words.split()))

@@ -77,6 +77,12 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     else:
         model, tokenizer = _from_transformers(name, torch_dtype)
         name = Path(name).name if Path(name).is_dir() else name
+    known = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens, the model {known}: "
+            "put the model's own tokenizer into the folder"
+        )
     return Loaded(model.to(device).eval(), tokenizer, name)
 
 

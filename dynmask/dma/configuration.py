@@ -8,12 +8,21 @@ from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from dynmask.dma.score import SCORES
 from dynmask.dma.selection import check_keep
 from dynmask.dma.sizes import SIZES
 from dynmask.dma.tensor_parallel import STYLE
 from dynmask.ops.attention import BACKENDS
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 
 
 class DmaConfig(PreTrainedConfig):
@@ -115,7 +124,7 @@ class DmaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from the rest, and check."""
-        _refuse_typos(kwargs)
+        refuse_typos(kwargs, DmaConfig)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -146,6 +155,13 @@ class DmaConfig(PreTrainedConfig):
         return cls(**{**SIZES[name], **changes})
 
     def _check(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not known: use one of {sorted(ACT2FN)}"
+            )
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if groups is None or groups < 1 or heads % groups:
             raise ValueError(
@@ -174,14 +190,18 @@ class DmaConfig(PreTrainedConfig):
             raise ValueError(f"impl={self.impl!r} is not known: use one of {['auto', *BACKENDS]}")
 
 
-def _refuse_typos(names: Iterable[str]) -> None:
+def refuse_typos(names: Iterable[str], of: type[PreTrainedConfig]) -> None:
     """Refuse a name that is nearly an argument's: transformers keeps any name, and reads none.
+
+    Args:
+        names: Arguments that the configuration does not know.
+        of: The configuration.
 
     Raises:
         ValueError: Naming both.
     """
     # Token ids differ by a letter or two, and there are more than a DMA model has.
-    own = [name for name in DmaConfig.__annotations__ if not name.endswith("token_id")]
+    own = [name for name in of.__annotations__ if not name.endswith("token_id")]
     for name in names:
         for meant in get_close_matches(name, own, n=1, cutoff=0.8):
-            raise ValueError(f"{name} is no argument of DmaConfig: write {meant}")
+            raise ValueError(f"{name} is no argument of {of.__name__}: write {meant}")

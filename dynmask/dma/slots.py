@@ -63,7 +63,7 @@ def read_slots(
 
     Raises:
         ValueError: If there are no tokens, a shape does not fit, ids fall, or documents come with a
-            cache.
+            cache, or the attention mask is one to be added to logits.
     """
     _check_tokens("the input", embeds)
     batch, length = embeds.shape[:2]
@@ -71,6 +71,7 @@ def read_slots(
     seen = past or 0
     if attention_mask is not None:
         _check_shape("attention_mask", attention_mask, (batch,), seen + length)
+        _check_not_additive(attention_mask)
         attention_mask = attention_mask.to(device)
     if position_ids is not None:
         _check_shape("position_ids", position_ids, (1, batch), length)
@@ -128,6 +129,17 @@ def _check_shape(name: str, given: Tensor, rows: tuple[int, ...], length: int) -
         raise ValueError(
             f"{name} is {list(given.shape)} but must be {[rows[-1], length]}: one entry for each "
             "token" + (", cached ones included, not a 4-d mask" if name == "attention_mask" else "")
+        )
+
+
+def _check_not_additive(attention_mask: Tensor) -> None:
+    # Integers are what tokenizers give: no need to wait for the device.
+    if not attention_mask.is_floating_point() or torch.compiler.is_compiling():
+        return
+    if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise ValueError(
+            "attention_mask must hold only 0 and 1: give the tokenizer's, not one to be added to "
+            "logits, where 0 means a real token"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynmask.hf import compat
 from dynmask.hf.callmask import mask_of_call
@@ -141,7 +142,7 @@ def dynmask_attention(
         module: The attention module; what it needs of the run hangs on it.
         query: ``[B, H, Q, D]``.
         key: ``[B, G, K, D]``, or longer with a StaticCache.
-        value: Of the same shape as ``key``.
+        value: ``[B, G, K, Dv]``, as long as ``key``.
         attention_mask: From ``key_mask``. A 4-d mask from the user comes here unchanged.
         dropout: Probability of dropout.
         scaling: Factor of the logits, ``D ** -0.5`` by default.
@@ -149,13 +150,13 @@ def dynmask_attention(
         **arguments: Further arguments; those that could change the result are refused.
 
     Returns:
-        ``[B, Q, H, D]`` and None.
+        ``[B, Q, H, Dv]`` and None.
 
     Raises:
         ValueError: See ``accelerate``.
     """
     compat.refuse_unknown_arguments(module, arguments, is_causal=is_causal)
-    layer, dtype = leased_layer(key), compat.autocast_dtype(query)
+    layer, dtype = leased_layer(key, value), compat.autocast_dtype(query)
     if dtype is None:
         return _run(module, query, key, value, attention_mask, layer, dropout, scaling)
     # Rotary embeddings have left queries and keys wider than values.
@@ -212,7 +213,9 @@ def _attend(
     scaling: float | None,
 ) -> tuple[Tensor, None]:
     """Attend to keys that are one token each; arguments as in `dynmask_attention`."""
-    window = attached is not None and attached.own is not None
+    # Moshi's configuration names a window, and its layers get plain causal masks.
+    plain = isinstance(attention_mask, KeySlots)
+    window = attached is not None and attached.own is not None and not plain
     q_len = query.shape[2]
     if window or isinstance(attention_mask, Tensor):
         if attached is not None and attached.sparse:
@@ -229,6 +232,11 @@ def _attend(
         return compat.sdpa_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
         )
+    if attached is not None and attached.sparse and key.shape[3] != value.shape[3]:
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        wide = (_widened(x, max(key.shape[3], value.shape[3])) for x in (query, key, value))
+        out, _ = _attend(attached, module, *wide, attention_mask, dropout, scaling)
+        return out[..., : value.shape[3]], None
     slots = slots_of(attention_mask, key, key.shape[2])
     if key.shape[2] < slots.length:
         raise ValueError(
@@ -258,6 +266,11 @@ def _attend(
     attached.tally.add(kind, impl)
     attached.count(kind, impl, _shape(kind, slots, query))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _widened(heads: Tensor, width: int) -> Tensor:
+    """Return ``[B, H, N, width]``, zeros behind, which change no logit and no other value."""
+    return functional.pad(heads, (0, width - heads.shape[3]))
 
 
 def _refuse_dropout(dropout: float) -> None:

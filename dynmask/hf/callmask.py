@@ -68,8 +68,8 @@ class CallMask:
     def __getitem__(self, index: Any) -> NoReturn:
         """Refuse to be cut."""
         raise ValueError(
-            f"{_CHANGED}. Or the model's own code cuts its mask (Gemma 4), which dynmask does not "
-            "support: use this model without it"
+            "the model's own code reads its attention mask (a sparse indexer, Gemma 4), which "
+            f"dynmask does not support: use this model without it. Or {_CHANGED}"
         )
 
     def __getattr__(self, name: str) -> NoReturn:

@@ -66,7 +66,7 @@ class CappedLayer(LeasedLayer):
             self._evict()
         self._since += new
         keys, values = DynamicLayer.update(self, key_states, value_states)
-        return self.marked(keys), values
+        return self.marked(keys, values)
 
     def runs(self, rows: int) -> bool:
         """Say whether slots are no longer tokens."""

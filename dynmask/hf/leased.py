@@ -17,6 +17,9 @@ from dynmask.hf.keys import KeySlots
 
 _LAYER = "_dynmask_cache_layer"
 
+_GIVEN = threading.local()
+"""``layer``: the one whose `update` a module has called in this thread, until it attends."""
+
 
 class Lease:
     """Says whether a run still holds its model, and who calls; copies of a cache share it.
@@ -53,11 +56,11 @@ class Lease:
 
     @torch.compiler.disable
     def _enter(self, *_: Any) -> None:
-        self._of_thread.inside = True
+        self._of_thread.inside, _GIVEN.layer = True, None
 
     @torch.compiler.disable
     def _leave(self, *_: Any) -> None:
-        self._of_thread.inside = False
+        self._of_thread.inside, _GIVEN.layer = False, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
@@ -109,13 +112,15 @@ class LeasedLayer(DynamicLayer):
         self._batch = len(key_states)
         self._seen += key_states.shape[2]
         self._settled = False
+        _GIVEN.layer = self
 
-    def marked(self, keys: Tensor) -> Tensor:
-        """Return keys that `leased_layer` knows."""
-        # A new tensor object: the mark must not make a cycle with what the layer holds.
-        keys = keys.view_as(keys)
+    def marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values that `leased_layer` knows."""
+        # New tensor objects: the mark must not make a cycle with what the layer holds.
+        keys, values = keys.view_as(keys), values.view_as(values)
         setattr(keys, _LAYER, self)
-        return keys
+        setattr(values, _LAYER, self)
+        return keys, values
 
     def check(self, slots: KeySlots) -> None:
         """Refuse to go on where layers have seen different tokens.
@@ -265,7 +270,19 @@ def nbytes(values: Iterable[object]) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def leased_layer(key: Tensor) -> LeasedLayer | None:
-    """Return the layer of a run's cache that gave these keys, if one did."""
-    layer = getattr(key, _LAYER, None)
-    return layer if isinstance(layer, LeasedLayer) else None
+def leased_layer(key: Tensor, value: Tensor) -> LeasedLayer | None:
+    """Return the layer of a run's cache that gave these keys and values, if one did.
+
+    Raises:
+        ValueError: They are not what it gave, or it is the second time that they are attended to.
+    """
+    layer: LeasedLayer | None = getattr(key, _LAYER, None)
+    given: LeasedLayer | None = getattr(_GIVEN, "layer", None)
+    _GIVEN.layer = None
+    if layer is not given or layer is not getattr(value, _LAYER, None):
+        raise ValueError(
+            "this model changes keys or values between its cache and its attention, or attends "
+            "more than once (latent attention, DiffLlama): caches of run.cache() cannot serve it; "
+            "leave them out, and generate() makes its own"
+        )
+    return layer

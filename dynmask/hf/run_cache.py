@@ -64,7 +64,7 @@ class RunLayer(LeasedLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
-        return self.marked(key_states), value_states
+        return self.marked(key_states, value_states)
 
     @outlasts_inference_mode
     def __deepcopy__(self, memo: dict[int, Any]) -> RunLayer:

@@ -198,7 +198,11 @@ class LayerStream:
         kind = type(self._layers[depth]).__name__
         if self._output is None:
             raise ValueError(f"{type(self.model).__name__} never ran its layer {depth} ({kind})")
-        if consumer is not None and (capture is None or capture.calls != 1):
+        if capture is not None and capture.calls > 1:
+            raise ValueError(
+                f"layer {depth} ({kind}) attends {capture.calls} times a call, so it has no one map"
+            )
+        if consumer is not None and (capture is None or not capture.calls):
             raise ValueError(
                 f"layer {depth} ({kind}) did not ask transformers' AttentionInterface for its "
                 "attention, so its maps cannot be captured"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynmask.masks.checks import require_integer, require_tensor
 from dynmask.masks.padding import Padding
 
 # Entries of lists that are counted at once: some temporaries of 8 MiB.
@@ -43,6 +44,10 @@ class Blocks:
 
     def __post_init__(self) -> None:
         indices, counts = self.indices, self.counts
+        require_tensor("indices", indices)
+        require_tensor("counts", counts)
+        require_integer("block", self.block)
+        require_integer("tile", self.tile)
         if indices.dim() != 4 or indices.dtype != torch.int32:
             raise ValueError(
                 f"indices must be [B, G, T, M] int32, got {list(indices.shape)} {indices.dtype}"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynmask.masks.checks import require_tensor
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -26,6 +28,7 @@ class Documents:
 
     def __post_init__(self) -> None:
         ids = self.ids
+        require_tensor("ids", ids)
         if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be [B, K] integer, got {list(ids.shape)} {ids.dtype}")
         if not torch.compiler.is_compiling() and bool((ids[:, 1:] < ids[:, :-1]).any()):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from dynmask.masks.checks import require_integer, require_tensor
 from dynmask.masks.documents import Documents
 from dynmask.masks.padding import Padding
 from dynmask.masks.rank import kth_smallest_of_runs
@@ -50,6 +51,7 @@ class Lifetimes:
     is_causal: bool = False
 
     def __post_init__(self) -> None:
+        require_tensor("expiry", self.expiry)
         if self.expiry.dim() != 3 or self.expiry.dtype != torch.int32:
             raise ValueError(
                 f"expiry must be [B, G, K] int32, got {list(self.expiry.shape)} {self.expiry.dtype}"
@@ -86,10 +88,15 @@ class Lifetimes:
             ``expiry`` ``[1, 1, K]``, which broadcasts over rows and kv heads.
 
         Raises:
-            ValueError: If ``window < 1`` or ``sinks < 0``.
+            ValueError: If ``length < 0``, ``window < 1`` or ``sinks < 0``, or one is no integer.
         """
-        if window < 1 or sinks < 0:
-            raise ValueError(f"need window >= 1 and sinks >= 0, got {window} and {sinks}")
+        for name, value in (("length", length), ("window", window), ("sinks", sinks)):
+            require_integer(name, value)
+        if length < 0 or window < 1 or sinks < 0:
+            raise ValueError(
+                f"need length >= 0, window >= 1 and sinks >= 0, got {length}, {window} and {sinks}"
+            )
+        window = min(window, NEVER)
         slot = torch.arange(length, device=device)
         expiry = torch.where(slot < sinks, NEVER, (slot + window).clamp_max(NEVER))
         return cls._trusted(expiry.int()[None, None], window + sinks)
@@ -159,12 +166,17 @@ class Lifetimes:
         Source: selection of DMA, arXiv 2508.02124, section 3.2.
         """
         _check_score(score)
-        if not isinstance(keep, int):
-            raise ValueError(f"keep={keep!r} must be an integer, a number of keys")
+        require_integer("keep", keep)
+        require_integer("offset", offset)
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
-        if isinstance(documents, Tensor):
+        if documents is not None and not isinstance(documents, Documents):
             documents = Documents(documents)
+        if padding is not None and not isinstance(padding, Padding):
+            raise ValueError(
+                f"padding must be a Padding or None, got {type(padding).__name__}: "
+                "use Padding.from_mask(attention_mask)"
+            )
         batch, groups, count = score.shape
         if not 0 <= offset <= count:
             raise ValueError(
@@ -277,6 +289,7 @@ class Lifetimes:
 
 
 def _check_score(score: Tensor) -> None:
+    require_tensor("score", score)
     if score.dim() != 3 or not score.is_floating_point():
         raise ValueError(f"score must be [B, G, K] float, got {list(score.shape)} {score.dtype}")
 

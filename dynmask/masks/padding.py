@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dynmask.masks.checks import require_tensor
+
 
 @dataclass(frozen=True, eq=False)
 class Padding:
@@ -29,6 +31,7 @@ class Padding:
 
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("stop", self.stop)):
+            require_tensor(name, value)
             if value.dim() != 1 or value.dtype != torch.int64:
                 raise ValueError(
                     f"{name} must be a [B] int64 tensor, got {list(value.shape)} {value.dtype}: "
@@ -56,6 +59,7 @@ class Padding:
             ValueError: If the mask is not ``[B, K]``, holds other values than 0 and 1, or the ones
                 of a row are not one run.
         """
+        require_tensor("attention_mask", attention_mask)
         if attention_mask.dim() != 2:
             raise ValueError(
                 f"attention_mask must be [B, K], got {list(attention_mask.shape)}: pass the "

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from dynmask.masks import Blocks, Lifetimes, Mask, Padding, Stripes
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Tensor | None) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    bias: Tensor | None,
+    scale: float | None = None,
+) -> None:
     """Refuse arguments that do not fit together; shapes as in `dynmask.ops.attention`.
 
     Raises:
@@ -40,9 +50,15 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Tensor | Non
             f"q has {q.shape[2]} rows but k only {k.shape[2]} keys: k and v must hold the rows' "
             "own tokens too"
         )
+    if q.shape[3] == 0:
+        raise ValueError("q, k and v have D=0: heads need a width of at least 1")
+    if scale is not None:
+        _check_scale(scale)
     if mask is not None:
         _check_mask(q, k, mask)
     if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise ValueError(f"bias must be a torch tensor or None, got {type(bias).__name__}")
         if bias.shape != k.shape[:3] or not bias.is_floating_point():
             raise ValueError(
                 f"bias must be float [B, G, K] = {list(k.shape[:3])}, got {list(bias.shape)} "
@@ -50,6 +66,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, bias: Tensor | Non
             )
         if bias.device != q.device:
             raise ValueError(f"bias is on {bias.device} but q on {q.device}")
+
+
+def _check_scale(scale: float) -> None:
+    if isinstance(scale, Tensor) or not isinstance(scale, Real | torch.SymFloat):
+        raise ValueError(
+            f"scale must be a plain number or None, got {type(scale).__name__}: for a learned one "
+            "pass q * factor and scale=1.0"
+        )
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} must be over 0 and finite: for another pass q * scale")
 
 
 def _check_mask(q: Tensor, k: Tensor, mask: Mask) -> None:

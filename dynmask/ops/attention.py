@@ -87,6 +87,10 @@ def attention(
     Hidden keys and values may hold anything with ``"reference"`` and ``"cpu"``. With the others,
     and so with ``"auto"``, they must be finite, as for torch's own function.
 
+    Differentiable in q, k, v and bias once; gradients of gradients are for ``"reference"``, and so
+    are the transforms of `torch.func`: other backends raise. Autocast changes nothing: cast q, k
+    and v before.
+
     Args:
         q: ``[B, H, Q, D]``, any strides; float16, bfloat16, float32 or float64.
         k: ``[B, G, K, D]`` with ``H % G == 0`` and ``Q <= K``.
@@ -96,7 +100,8 @@ def attention(
             `Lifetimes` are for ``K`` keys exactly.
         bias: ``[B, G, K]`` float, added to the scaled logits of every row that sees the key. Up
             to 1e4: logits are float32, and beyond the backward pass of ``"triton"`` loses digits.
-        scale: Factor of the logits; ``1 / sqrt(D)`` by default.
+            ``"sdpa"`` on a GPU rounds it to q's dtype, as torch's kernels there ask.
+        scale: Factor of the logits, a number over 0; ``1 / sqrt(D)`` by default.
         impl: ``"auto"`` (see `choose`), or a backend by name: ``"cpu"``, ``"triton"``,
             ``"flex"``, ``"sdpa"``, ``"reference"``. A named backend never falls back to another.
         return_lse: Also return the log-sum-exp of each row's visible logits.
@@ -108,7 +113,13 @@ def attention(
     Raises:
         ValueError: If the arguments do not fit together, or the named backend cannot run them.
     """
-    check(q, k, v, mask, bias)
+    check(q, k, v, mask, bias, scale)
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # Backends would differ in what it makes of q.
+            return attention(
+                q, k, v, mask, bias=bias, scale=scale, impl=impl, return_lse=return_lse
+            )
     if impl == "auto":
         if bias is None and _hides_nothing(mask):
             mask = None  # Torch's causal kernels are the best there are.
@@ -158,7 +169,7 @@ def supports(
     Raises:
         ValueError: If there is no such backend.
     """
-    if impl not in BACKENDS:
+    if not isinstance(impl, str) or impl not in BACKENDS:
         raise ValueError(f'no impl "{impl}": use one of {["auto", *BACKENDS]}')
     try:
         backend = _backend(impl)

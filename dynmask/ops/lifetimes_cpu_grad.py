@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dynmask.masks import Lifetimes
+from dynmask.ops.first_order import first_order
 from dynmask.ops.lifetimes_cpu import attend_tiles, hide
 from dynmask.ops.lifetimes_schedule import Runs, tiles
 
@@ -41,15 +41,19 @@ class TiledAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k, v and bias."""
         q, k, v, bias, out, lse = ctx.saved_tensors
-        *found, d_bias = _gradients(
-            q, k, v, bias, out, lse, *gradients, mask=ctx.mask, scale=ctx.scale
-        )
-        of_bias = None if bias is None else d_bias.to(bias.dtype)
-        return *(gradient.to(q.dtype) for gradient in found), of_bias, None, None
+        # Autocast would make products of other dtypes than the sums that they go into.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            *found, d_bias = _gradients(
+                q, k, v, bias, out, lse, *gradients, mask=ctx.mask, scale=ctx.scale
+            )
+            made = [gradient.to(q.dtype) for gradient in found]
+            if bias is not None:
+                made.append(d_bias.to(bias.dtype))
+        made = list(first_order(made, q, k, v, bias, *gradients))
+        return *made, *[None] * (6 - len(made))
 
 
 def _gradients(

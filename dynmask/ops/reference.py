@@ -87,8 +87,10 @@ def _block(
     else:
         seen = per_query_head(mask.slots(first, first + rows, k_len), heads)
     # The query heads of a group are stacked as rows, so keys are read once and never repeated.
-    stacked = q.to(work).reshape(batch, groups, -1, dim)
-    logits = (stacked * scale) @ k.to(work).transpose(2, 3)
+    stacked = q.to(work).reshape(batch, groups, -1, dim) * scale
+    k = k.to(work)
+    finite = bool(k.isfinite().all())
+    logits = stacked @ k.transpose(2, 3) if finite else _with_hidden(stacked, k)
     logits = logits.view(batch, groups, -1, rows, k_len)
     if bias is not None:
         logits = logits + bias.to(work)[:, :, None, None]
@@ -103,6 +105,18 @@ def _block(
     out = out.view(batch, heads, rows, dim) / total
     lse = (top + total.log()).squeeze(-1)
     return out.to(q.dtype), lse
+
+
+def _with_hidden(q: Tensor, k: Tensor) -> Tensor:
+    """Return ``q k^T`` for keys that are not all finite, without a gradient where they are not.
+
+    Hidden from a row, such a key would make the row's gradient 0 * inf.
+    """
+    finite = k.isfinite()
+    logits = q @ k.masked_fill(~finite, 0).transpose(2, 3)
+    with torch.no_grad():
+        whole = q @ k.transpose(2, 3)
+    return torch.where(finite.all(-1)[:, :, None], logits, whole)
 
 
 def _without_hidden(weights: Tensor, seen: Tensor, v: Tensor) -> Tensor:

@@ -116,7 +116,10 @@ def _outside(padding: Padding | None, first: int, last: int) -> Tensor | None:
 
 def _with_bias(seen: Tensor, bias: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``[B, H, rows, K]`` to be added to the logits, and ``[B, H, rows]`` empty rows."""
-    per_head = bias.to(q.dtype).repeat_interleave(q.shape[1] // bias.shape[1], 1)
+    # A mask of float32 beside half precision is for torch's CPU kernels alone.
+    half = q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half else q.dtype
+    per_head = bias.to(dtype).repeat_interleave(q.shape[1] // bias.shape[1], 1)
     added = per_head[:, :, None].masked_fill(~seen, float("-inf"))
     empty = (added == float("-inf")).all(-1)
     return added.masked_fill(empty[..., None], 0), empty

@@ -208,7 +208,13 @@ class Recipe:
                 f"recipe: {path} cannot be read ({error}); give a YAML file or the name of a "
                 f"recipe: {', '.join(named_recipes())}"
             ) from error
-        recipe: Recipe = read(cls, changed(raw, settings or []), "recipe")
+        settings = settings or []
+        recipe: Recipe = read(cls, changed(raw, settings), "recipe")
+        if recipe.tokenizer is not None and any(s.startswith("vocab_size=") for s in settings):
+            raise ValueError(
+                f"vocab_size is for a tokenizer that is trained on the text, and the recipe's is "
+                f"{recipe.tokenizer}: set tokenizer=null, too"
+            )
         return recipe
 
     def to_dict(self) -> dict[str, Any]:

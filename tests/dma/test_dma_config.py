@@ -43,6 +43,8 @@ from dynmask.masks import Lifetimes
         ({"a_std": -1.0}, "a_std=-1.0 must be a finite number of at least 0"),
         ({"a_std": float("nan")}, "a_std=nan must be"),
         ({"impl": "fast"}, "impl='fast' is not known: use one of"),
+        ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
+        ({"hidden_act": "sliu"}, "hidden_act='sliu' is not known: use one of"),
         ({"kep": 8}, "kep is no argument of DmaConfig: write keep"),
         ({"norm_eps": 1e-5}, "norm_eps is no argument of DmaConfig: write rms_norm_eps"),
     ],

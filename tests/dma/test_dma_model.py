@@ -258,6 +258,7 @@ def test_config_is_read_at_each_call():
     ("inputs", "message"),
     [
         ({"attention_mask": torch.ones(2, 9)}, r"attention_mask is \[2, 9\] but must be \[2, 10\]"),
+        ({"attention_mask": torch.full((2, 10), -1e9)}, "must hold only 0 and 1"),
         ({"past_key_values": DynamicCache()}, "DynamicCache has no place .*LifetimeCache"),
         (
             {"documents": torch.zeros(2, 10).long(), "past_key_values": LifetimeCache()},

@@ -31,6 +31,16 @@ _GEMMA = {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }
+# Values of another width than keys, which are made of what the cache holds.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 3,
+}
 _KINDS = {
     "llama": ("Llama", "LlamaConfig", {}),
     "llama-mha": ("Llama", "LlamaConfig", {"num_key_value_heads": 4}),
@@ -39,9 +49,11 @@ _KINDS = {
     "mistral-window": ("Mistral", "MistralConfig", {"sliding_window": 8}),
     "gemma3": ("Gemma3", "Gemma3TextConfig", _GEMMA),
     "phi3": ("Phi3", "Phi3Config", {}),
+    "deepseek": ("DeepseekV3", "DeepseekV3Config", _LATENT),
+    "diffllama": ("DiffLlama", "DiffLlamaConfig", {}),
     "gemma2-softcap": ("Gemma2", "Gemma2Config", {**_GEMMA, "attn_logit_softcapping": 2.0}),
 }
-PLANNED = ["llama", "llama-mha", "qwen3", "mistral", "gemma3", "phi3"]
+PLANNED = ["llama", "llama-mha", "qwen3", "mistral", "gemma3", "phi3", "deepseek"]
 
 
 def make_model(kind: str, *, seed: int = 0, config=None, **changes) -> nn.Module:

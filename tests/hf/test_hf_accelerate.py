@@ -204,6 +204,16 @@ def test_own_window_layers_stay_exact():
     assert run.stats()["impl"]["prefill"]["own window"] == 1
 
 
+def test_a_window_that_the_model_does_not_use():
+    """As of Moshi: the configuration has one, and masks are plain causal."""
+    model, ids = make_model("llama", sliding_window=8), random_ids(2, 30)
+    assert [layer.own_window for layer in attention_layers(model)] == [8] * 3
+    expected = logits(model, ids)
+    with accelerate(model) as run:
+        torch.testing.assert_close(logits(model, ids), expected)
+    assert run.stats()["impl"]["prefill"] == {"transformers sdpa": 3}
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_model_is_given_back(kind, fail):
     model = make_model(kind)

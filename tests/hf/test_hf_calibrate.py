@@ -291,6 +291,8 @@ def test_bad_maps_name_the_head(monkeypatch):
 def test_models_that_cannot_be_calibrated():
     with pytest.raises(ValueError, match="window of its own"):
         calibrate(make_model("mistral-window"), None, texts(), **SETTINGS)
+    with pytest.raises(ValueError, match="attends 2 times a call"):
+        calibrate(make_model("diffllama"), None, texts(), **SETTINGS)
     model = make_model("llama")
     plan = calibrate(model, None, texts(), **SETTINGS)
     with accelerate(model, plan), pytest.raises(ValueError, match="inside accelerate"):

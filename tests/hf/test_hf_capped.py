@@ -85,16 +85,18 @@ PREFILL = {
 }
 
 
-def capped_layer():
+@pytest.fixture
+def layer():
     """A layer as it is while its run's model calls it."""
     lease = Lease()
     lease._enter()
-    return CappedLayer(CAP, lease)
+    yield CappedLayer(CAP, lease)
+    lease._leave()
 
 
 @pytest.mark.parametrize("padded", ["none", "left", "right"])
 @pytest.mark.parametrize("sizes", PREFILL.values(), ids=PREFILL)
-def test_a_layer_is_its_lists(sizes, padded):
+def test_a_layer_is_its_lists(layer, sizes, padded):
     length = sum(sizes)
     q, k, v = tensors(length, len(sizes))
     real = torch.ones(B, length, dtype=torch.bool)
@@ -104,7 +106,7 @@ def test_a_layer_is_its_lists(sizes, padded):
         real[1, sizes[0] // 2 : sizes[0]] = False
     if sizes[0] == 1 and padded != "none":
         pytest.skip("one token has no padding")
-    layer, lists = capped_layer(), Lists(q, k, v, real)
+    lists = Lists(q, k, v, real)
     at = 0
     for size in sizes:
         span = slice(at, at + size)
@@ -306,8 +308,7 @@ def test_refusals():
         run.cache(136)
 
 
-def test_crop_before_anything_was_given_up():
-    layer = capped_layer()
+def test_crop_before_anything_was_given_up(layer):
     q, k, v = tensors(50, 1)
     layer.update(k, v)
     layer.settle(q, KeySlots(torch.ones(B, 50, dtype=torch.bool)), scale=None)

@@ -385,6 +385,16 @@ def test_layers_that_share_keys_are_refused(cap):
         run.cache(cap)
 
 
+@pytest.mark.parametrize("kind", ["deepseek", "diffllama"])
+@pytest.mark.parametrize("cap", [None, 200])
+def test_models_that_attend_to_other_keys_than_their_caches_are_refused(cap, kind):
+    model = make_model(kind)
+    with accelerate(model) as run:
+        with pytest.raises(ValueError, match="caches of .* cannot serve it"):
+            steps(model, random_ids(1, 9), run.cache(cap), [9])
+        assert steps(model, random_ids(1, 9), None, [9]).isfinite().all()
+
+
 @pytest.mark.parametrize("accelerated", [True, False])
 @pytest.mark.parametrize("cap", [None, 200])
 def test_a_cache_refused_to_another_model_goes_on(cap, accelerated):

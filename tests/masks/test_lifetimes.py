@@ -358,7 +358,14 @@ def top_of_two(**more) -> Lifetimes:  # type: ignore[no-untyped-def]
         (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=1, offset=5), "offset=5 .* K=4"),
         (lambda: Lifetimes.top(torch.zeros(1, 1, 4), keep=9, offset=-1), "offset=-1"),
         (lambda: Lifetimes.window(4, window=0), "window >= 1"),
+        (lambda: Lifetimes.window(4, window=2.5), "window=2.5 must be an integer"),  # type: ignore[arg-type]
+        (lambda: Lifetimes.window(-4, window=2), "length >= 0"),
         (lambda: Lifetimes.window(4, window=2).dense(5), "q_len"),
+        (lambda: Lifetimes([[[4]]]), "expiry must be a torch tensor, got list"),  # type: ignore[arg-type]
+        (lambda: Lifetimes.top([1.0], keep=1), "score must be a torch tensor"),  # type: ignore[arg-type]
+        (lambda: top_of_two(offset=1.0), "offset=1.0 must be an integer"),
+        (lambda: top_of_two(padding=torch.ones(2, 4)), "padding must be a Padding or None"),
+        (lambda: top_of_two(documents=[[0, 0, 1, 1]]), "ids must be a torch tensor"),
         (lambda: Lifetimes(torch.tensor([[[3, -1]]], dtype=torch.int32)), "negative"),
         (lambda: Lifetimes(torch.zeros(1, 1, 2, dtype=torch.int32), most=-1), "most=-1"),
         (lambda: Lifetimes.top(torch.zeros(1, 1, 4, dtype=torch.int32), keep=1), "float"),
@@ -370,11 +377,15 @@ def top_of_two(**more) -> Lifetimes:  # type: ignore[no-untyped-def]
         (lambda: top_of_two() & Padding(*torch.zeros(2, 3).long()), "padding has 3 rows"),
         (lambda: top_of_two() & Documents(torch.zeros(3, 4).long()), r"\[3, 4\]"),
     ],
-    ids=range(19),
+    ids=range(26),
 )
 def test_bad_input_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_window_of_any_size_is_no_window() -> None:
+    assert Lifetimes.window(8, window=2**63 - 1).dense(8).sum() == 36
 
 
 def test_and_refuses_other_things() -> None:

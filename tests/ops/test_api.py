@@ -103,6 +103,29 @@ def test_a_backend_that_is_not_here_is_a_reason(monkeypatch):
         attention(q, k, v, impl="triton")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scale": -0.5}, "scale=-0.5 must be over 0"),
+        ({"scale": 0}, "scale=0 must be over 0"),
+        ({"scale": float("nan")}, "scale=nan must be"),
+        ({"scale": "x"}, "scale must be a plain number or None, got str"),
+        ({"scale": torch.nn.Parameter(torch.ones(()))}, "for a learned one pass q "),
+        ({"bias": [0.0]}, "bias must be a torch tensor or None, got list"),
+        ({"impl": ["cpu"]}, "no impl .* use one of"),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_kinds(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*tensors(1, 4, 2, 8, 8, 16), **wrong)
+
+
+def test_heads_without_width():
+    with pytest.raises(ValueError, match="D=0"):
+        attention(*tensors(1, 4, 2, 8, 8, 0))
+
+
 def test_auto_imports_neither_triton_nor_flex_on_the_cpu():
     code = """
 import sys, torch

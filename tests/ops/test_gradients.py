@@ -1,6 +1,6 @@
 import pytest
 import torch
-from attention_cases import padding, stripes, tensors
+from attention_cases import blocks, padding, stripes, tensors
 from features import lacks_kernels, needs
 from kernel_cases import GPU, require_triton
 
@@ -47,6 +47,79 @@ def test_gradients_agree_with_the_reference(impl):
         grads.append([t.grad for t in (*inputs, bias)])
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def mask_of(kind):
+    if kind == "lifetimes":
+        return Lifetimes.window(70, window=9)
+    return stripes(4, 70) if kind == "stripes" else blocks(1, 2, 70)
+
+
+@pytest.mark.parametrize("loss", [torch.sum, torch.linalg.norm], ids=["linear", "norm"])
+@pytest.mark.parametrize(
+    ("impl", "kind"),
+    [("cpu", "lifetimes"), *(("triton", kind) for kind in ("lifetimes", "stripes", "blocks"))],
+)
+def test_gradients_of_gradients_are_refused(impl, kind, loss):
+    """Also where the incoming gradient is a constant, of which autograd would make no graph."""
+    if impl == "triton":
+        require_triton()
+        needs(lacks_kernels)
+    device = "cuda" if impl == "triton" and GPU else "cpu"
+    inputs = [t.to(device).requires_grad_() for t in tensors(1, 4, 2, 70, 70, 16)]
+    out = attention(*inputs, mask_of(kind).to(device), impl=impl)
+    (gradient,) = torch.autograd.grad(loss(out), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match='pass impl="reference"'):
+        (out.sum() + gradient.square().sum()).backward()
+
+
+def test_the_reference_has_gradients_of_gradients():
+    inputs = tuple(t.double().requires_grad_() for t in tensors(1, 2, 1, 5, 5, 2))
+    mask = Lifetimes.window(5, window=3)
+    assert torch.autograd.gradgradcheck(lambda *x: attention(*x, mask, impl="reference"), inputs)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "cpu"])
+def test_autocast_changes_nothing(impl):
+    """Torch's own backward passes, of which the others' consist, are to be run outside of it."""
+    mask, found = Lifetimes.window(70, window=9), []
+    for enabled in (False, True):
+        inputs = [t.requires_grad_() for t in tensors(1, 4, 2, 70, 70, 16)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = attention(*inputs, mask, impl=impl)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and impl == "cpu"):
+            out.square().sum().backward()
+        found.append([out, *(t.grad for t in inputs)])
+    for plain, cast in zip(*found, strict=True):
+        assert cast.dtype == torch.float32
+        torch.testing.assert_close(cast, plain)
+
+
+@pytest.mark.parametrize("what", ["k", "v", "bias"])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_what_is_hidden_reaches_no_gradient(impl, what):
+    names = dict(zip("qkv", tensors(1, 4, 2, 64, 64, 16), strict=True))
+    names["bias"] = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0))
+    names[what][:, :, :10] = float("nan")
+    q, k, v, bias = (t.requires_grad_() for t in names.values())
+    mask = Lifetimes.window(64, window=8) & padding((10, 64))
+    out = attention(q, k, v, mask, bias=bias, impl=impl)
+    out.square().sum().backward()
+    for t in (q, k, v, bias):
+        assert t.grad[:, :, 10:].isfinite().all()
+        assert (t.grad[:, :, :10] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "cpu"])
+def test_a_bias_is_as_exact_as_it_was_given(impl, dtype):
+    """Of a bias near 148 bfloat16 has steps of 1."""
+    mask = Lifetimes.window(130, window=40)
+    inputs = tensors(1, 4, 2, 130, 130, 16, dtype=dtype)
+    bias = 148 - torch.rand(1, 2, 130, generator=torch.Generator().manual_seed(0))
+    exact = attention(*(t.double() for t in inputs), mask, bias=bias.double(), impl="reference")
+    got = attention(*inputs, mask, bias=bias, impl=impl)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "cpu", "triton"])

@@ -122,6 +122,13 @@ def test_wrong_recipe_is_refused_by_name(tmp_path, changes, message):
         load(tmp_path, **changes)
 
 
+def test_a_vocabulary_size_beside_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="is embedded: set tokenizer=null, too"):
+        Recipe.load("tiny", settings=["vocab_size=512"])
+    changed = Recipe.load("tiny", settings=["vocab_size=512", "tokenizer=null"])
+    assert changed.vocab_size == 512
+
+
 @pytest.mark.parametrize("text", ["- a list", "a: [", ""])
 def test_no_recipe_at_all(tmp_path, text):
     path = tmp_path / "recipe.yaml"

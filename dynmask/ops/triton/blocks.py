@@ -13,6 +13,7 @@ from dynmask.masks.triton.block_tiles import block_tiles
 from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.masks.triton.schedule import TILE, TileLists
 from dynmask.ops.arguments import wants_gradients
+from dynmask.ops.first_order import first_order
 from dynmask.ops.triton import operators
 from dynmask.ops.triton.blocks_backward import backward
 from dynmask.ops.triton.common import incoming, like_gradients, on_hopper
@@ -193,7 +194,8 @@ def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
         return None, None, None, None, *rest
     grad, grad_lse = incoming(out, grad, grad_lse)
     args = (*tensors, ctx.block, ctx.tile, ctx.scale, out, lse, grad, grad_lse)
-    dq, dk, dv, *dbias = _attend_backward(*args)
+    found = _attend_backward(*args)
+    dq, dk, dv, *dbias = first_order(found, *tensors[:4], grad, grad_lse)
     return dq, dk, dv, dbias[0] if dbias else None, *rest
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.masks.triton.schedule import TILE, TileLists, list_shape, tile_lists
 from dynmask.masks.triton.spans import span_lists
+from dynmask.ops.first_order import first_order
 from dynmask.ops.triton.backward import backward
 from dynmask.ops.triton.common import incoming, like_gradients, on_hopper
 from dynmask.ops.triton.decode import decode
@@ -161,7 +162,8 @@ def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
         return None, None, None, None, None, no_lists, None, None, None
     grad, grad_lse = incoming(out, grad, grad_lse)
     args = (q, k, v, bias, expiry, lists, ctx.most, ctx.scale, ctx.immortal, out, lse, grad)
-    dq, dk, dv, *dbias = attend_backward(*args, grad_lse)
+    found = attend_backward(*args, grad_lse)
+    dq, dk, dv, *dbias = first_order(found, q, k, v, bias, grad, grad_lse)
     return dq, dk, dv, dbias[0] if dbias else None, None, no_lists, None, None, None
 
 

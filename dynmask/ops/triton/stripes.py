@@ -9,6 +9,7 @@ from torch import Tensor
 from dynmask.masks import Stripes
 from dynmask.masks.triton.library import LIBRARY, fake, operator
 from dynmask.ops.arguments import wants_gradients
+from dynmask.ops.first_order import first_order
 from dynmask.ops.triton import stripes_dkdv, stripes_dq
 from dynmask.ops.triton.common import incoming, like_gradients
 from dynmask.ops.triton.stripes_backward import backward
@@ -190,7 +191,8 @@ def _gradients(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     grad, grad_lse = incoming(out, grad, grad_lse)
     made = keys, tables[: len(tables) // 2], tables[len(tables) // 2 :]
     args = (q, k, v, bias, *made, corner, runs, *ctx.sizes, out, lse, grad, grad_lse)
-    dq, dk, dv, *dbias = _prefill_backward(*args)
+    found = _prefill_backward(*args)
+    dq, dk, dv, *dbias = first_order(found, q, k, v, bias, grad, grad_lse)
     return dq, dk, dv, dbias[0] if dbias else None, *no_grads
 
 

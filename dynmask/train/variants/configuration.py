@@ -7,6 +7,8 @@ from typing import Any
 from transformers import LlamaConfig
 
 from dynmask.baselines.nsa import NsaBlocks
+from dynmask.dma.configuration import refuse_typos
+from dynmask.masks.checks import require_integer
 from dynmask.ops.attention import BACKENDS
 
 
@@ -47,6 +49,7 @@ class NsaConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from the rest, and check."""
+        refuse_typos(kwargs, NsaConfig)
         super().__post_init__(**kwargs)
         _check_shared(self)
         _ = self.blocks
@@ -94,8 +97,11 @@ class MobaConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from the rest, and check."""
+        refuse_typos(kwargs, MobaConfig)
         super().__post_init__(**kwargs)
         _check_shared(self)
+        require_integer("block", self.block)
+        require_integer("top", self.top)
         if self.block < 1 or self.top < 1:
             raise ValueError(f"block={self.block} and top={self.top} must be at least 1")
 
