@@ -390,7 +390,7 @@ def test_layers_that_share_keys_are_refused(cap):
 def test_models_that_attend_to_other_keys_than_their_caches_are_refused(cap, kind):
     model = make_model(kind)
     with accelerate(model) as run:
-        with pytest.raises(ValueError, match="caches of .* cannot serve it"):
+        with pytest.raises(ValueError, match="cannot serve it"):
             steps(model, random_ids(1, 9), run.cache(cap), [9])
         assert steps(model, random_ids(1, 9), None, [9]).isfinite().all()
 
