@@ -234,8 +234,9 @@ def _attend(
         )
     if attached is not None and attached.sparse and key.shape[3] != value.shape[3]:
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-        wide = (_widened(x, max(key.shape[3], value.shape[3])) for x in (query, key, value))
-        out, _ = _attend(attached, module, *wide, attention_mask, dropout, scaling)
+        width = max(key.shape[3], value.shape[3])
+        q, k, v = (_widened(heads, width) for heads in (query, key, value))
+        out, _ = _attend(attached, module, q, k, v, attention_mask, dropout, scaling)
         return out[..., : value.shape[3]], None
     slots = slots_of(attention_mask, key, key.shape[2])
     if key.shape[2] < slots.length:
