@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Literal, overload
 
@@ -114,12 +115,6 @@ def attention(
         ValueError: If the arguments do not fit together, or the named backend cannot run them.
     """
     check(q, k, v, mask, bias, scale)
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):  # Backends would differ in what it makes of q.
-            return attention(
-                q, k, v, mask, bias=bias, scale=scale, impl=impl, return_lse=return_lse
-            )
     if impl == "auto":
         if bias is None and _hides_nothing(mask):
             mask = None  # Torch's causal kernels are the best there are.
@@ -132,8 +127,16 @@ def attention(
     if q.numel() == 0:
         lse = q.new_zeros(q.shape[:-1], dtype=reference.accumulation_dtype(q.dtype))
         return (q.clone(), lse) if return_lse else q.clone()
-    out, lse = _backend(impl).attend(q, k, v, mask, bias, scale, return_lse)
+    with _without_autocast(q.device.type):
+        out, lse = _backend(impl).attend(q, k, v, mask, bias, scale, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Return what turns autocast off: backends would differ in what it makes of their inputs."""
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _hides_nothing(mask: Mask | None) -> bool:
