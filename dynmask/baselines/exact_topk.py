@@ -55,6 +55,8 @@ class TopK(Policy):
 
 
 class _TopK(Selector):
+    remembers = False
+
     def __init__(self, keep: int | float):
         super().__init__()
         self._keep = keep

@@ -76,6 +76,8 @@ class VerticalSlash(Policy):
 
 
 class _VerticalSlash(Selector):
+    remembers = False
+
     batched: ClassVar[bool] = False
 
     def __init__(self, settings: VerticalSlash):

@@ -145,6 +145,8 @@ class MoA(Policy):
 
 
 class _MoA(Selector):
+    remembers = False
+
     def __init__(self, alpha: tuple[float, ...], beta: tuple[float, ...], sinks: int):
         super().__init__()
         self._rules = tuple(zip(alpha, beta, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynmask.baselines.best import best
 from dynmask.baselines.trainable import Angles, TrainableAttention, rotate, row_blocks
 from dynmask.masks import Blocks
 from dynmask.ops import attention
@@ -35,8 +36,8 @@ def moba_blocks(q: Tensor, k: Tensor, *, block: int, top: int) -> Blocks:
     own = torch.arange(k_len - q_len, k_len, device=q.device) // block
     past = torch.arange(whole, device=q.device) < own[:, None]
     score = score.flatten(1, 2).masked_fill(~past, -torch.inf)
-    best = score.topk(min(top - 1, whole), -1).indices
-    indices = torch.cat([own[:, None].expand(*q.shape[:3], 1), best], -1)
+    others = best(score, min(top - 1, whole))
+    indices = torch.cat([own[:, None].expand(*q.shape[:3], 1), others], -1)
     counts = (own + 1).clamp_max(indices.shape[-1]).expand(q.shape[:3])
     return row_blocks(indices, counts, block=block, k_len=k_len)
 

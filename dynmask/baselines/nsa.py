@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dynmask.baselines.best import best
 from dynmask.baselines.nsa_compress import BlockCompression, importance, visible
 from dynmask.baselines.trainable import Angles, TrainableAttention, rotate, row_blocks
 from dynmask.masks import Blocks, Lifetimes
@@ -171,6 +172,6 @@ class NativeSparseAttention(TrainableAttention):
         place = torch.arange(score.shape[-1], device=q.device)
         forced = (place < rule.select_initial) | (place > own - rule.select_local)
         score = score.masked_fill(forced, torch.inf).masked_fill(place > own, -torch.inf)
-        indices = score.topk(min(rule.select_count, score.shape[-1]), -1).indices
+        indices = best(score, min(rule.select_count, score.shape[-1]))
         counts = (own[:, 0] + 1).clamp_max(indices.shape[-1]).expand(indices.shape[:3])
         return row_blocks(indices, counts, block=rule.select_block, k_len=k_len)

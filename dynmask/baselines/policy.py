@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dynmask.masks import Mask
@@ -13,6 +14,7 @@ from dynmask.masks import Mask
 # Places behind the first token that a generation may go back to. What a call leaves may be as large
 # as the keys so far, so that a state for every chunk would grow with the square of the length.
 _ENDS = 8
+_TOLD_BY = 64
 
 
 class Policy(ABC):
@@ -45,11 +47,26 @@ class Policy(ABC):
 
 
 class _End(NamedTuple):
-    """Where a call ended, what it left, and whether it was a single row."""
+    """What a call left.
+
+    Attributes:
+        at: Where it ended.
+        state: For the calls behind it.
+        row: Whether it was a single row.
+        made: Where the call ended that made the state.
+        keys: The last ones there.
+    """
 
     at: int
     state: Any
     row: bool
+    made: int
+    keys: Tensor | None
+
+
+def _last(k: Tensor, end: int) -> Tensor:
+    """Return ``[B, G, n, D]``, the keys before a slot that tell one sequence from another."""
+    return k[:, :, max(0, end - _TOLD_BY) : end].detach()
 
 
 class Selector(ABC):
@@ -62,12 +79,15 @@ class Selector(ABC):
 
     Attributes:
         batched: Whether a mask can hold the choice of several batch rows; else each row is a call.
+        remembers: Whether a choice depends on the calls before; else they may begin anywhere, and
+            a state that it returns is only what saves work.
     """
 
     batched: ClassVar[bool] = True
+    remembers: bool = True
 
     def __init__(self) -> None:
-        self._ends = [_End(0, None, row=False)]
+        self._ends = [_End(0, None, row=False, made=0, keys=None)]
 
     def mask(self, q: Tensor, k: Tensor, *, scale: float) -> Mask | None:
         """Choose what the rows of one call see.
@@ -82,10 +102,15 @@ class Selector(ABC):
             mask are kv heads (``G``) or query heads (``H``).
 
         Raises:
-            ValueError: The call goes back to where no call ended.
+            ValueError: The call goes back to where no call ended, or the batch has other rows than
+                there.
         """
         q_len, k_len = q.shape[2], k.shape[2]
         begin = k_len - q_len
+        if not self.remembers:
+            mask, state = self.choose(q, k, self._ends[-1].state, scale=scale)
+            self._ends = [_End(0, state, row=False, made=0, keys=None)]
+            return mask
         before = [end for end in self._ends if end.at <= begin]
         if before[-1].at != begin:
             ends = ", ".join(str(end.at) for end in self._ends)
@@ -93,11 +118,21 @@ class Selector(ABC):
                 f"a call begins at token {begin}, but this method can go on only where a call "
                 f"ended ({ends}): crop the cache to one of these, or start a new prefill"
             )
+        known = before[-1].keys
+        if known is not None and not torch.equal(known, _last(k, before[-1].made)):
+            raise ValueError(
+                "the rows of the batch are not those of the call before (beam search, a cache with "
+                "other rows), and this method goes on from what it chose for them: generate "
+                "without beams, or start a new prefill"
+            )
         mask, state = self.choose(q, k, before[-1].state, scale=scale)
         row = q_len == 1
+        end = _End(k_len, state, row=row, made=k_len, keys=_last(k, k_len).clone())
+        if state is before[-1].state:  # Beams may move as long as it is the prompt's.
+            end = end._replace(made=before[-1].made, keys=known)
         if row and before[-1].row:
             del before[-1]  # A long generation must not keep the state of every row.
-        start, *later = [*before, _End(k_len, state, row=row)]
+        start, *later = [*before, end]
         self._ends = [start, *later[-_ENDS:]]
         return mask
 

@@ -65,6 +65,8 @@ class _TopPages(Selector):
 
 
 class _Dense(Selector):
+    remembers = False
+
     def choose(self, q: Tensor, k: Tensor, state: None, *, scale: float) -> tuple[None, None]:
         return None, None
 

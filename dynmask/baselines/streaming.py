@@ -12,6 +12,8 @@ from dynmask.masks import Lifetimes
 
 
 class _Window(Selector):
+    remembers = False
+
     def __init__(self, window: int, sinks: int):
         super().__init__()
         self._window = window

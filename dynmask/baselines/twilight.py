@@ -21,6 +21,7 @@ class _Nucleus(Selector):
         super().__init__()
         self._p = p
         self._bits = bits
+        self.remembers = bits is not None
 
     def choose(
         self, q: Tensor, k: Tensor, state: Tensor | None, *, scale: float
@@ -66,7 +67,7 @@ def _fewest(q: Tensor, k: Tensor, p: float, scale: float) -> tuple[Tensor, Tenso
     logits = logits.view(batch, heads, q_len, k_len) * scale
     row = torch.arange(k_len - q_len, k_len, device=q.device)
     logits.masked_fill_(torch.arange(k_len, device=q.device) > row[:, None], -torch.inf)
-    weight, order = logits.softmax(-1).sort(-1, descending=True)
+    weight, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     # A key is needed if those before it hold less than p. Rounding must not add later keys.
     more = weight.cumsum(-1)[..., :-1] < p
     count = torch.minimum(more.sum(-1) + 1, row + 1).int()

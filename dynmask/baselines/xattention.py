@@ -76,6 +76,8 @@ class XAttention(Policy):
 
 
 class _XAttention(Selector):
+    remembers = False
+
     def __init__(self, settings: XAttention):
         super().__init__()
         self._settings = settings

@@ -224,6 +224,18 @@ def test_parts_of_the_rows_at_once(monkeypatch):
     torch.testing.assert_close(parts, whole)
 
 
+def test_ties_do_not_look_at_how_much_follows():
+    """Blocks of a text that repeats itself weigh the same: keys of importance have no RoPE."""
+    layer = make()
+    x = hidden(1, 8).repeat(1, 20, 1)
+    with torch.no_grad():
+        whole = layer(x, position_embeddings=angles(160, dtype=x.dtype))
+        for length in (61, 100, 149):
+            near = angles(length, dtype=x.dtype)
+            alone = layer(x[:, :length], position_embeddings=near)
+            torch.testing.assert_close(alone, whole[:, :length])
+
+
 def test_the_future_changes_nothing():
     layer, x = make(), hidden(1, 53)
     changed = x.clone()

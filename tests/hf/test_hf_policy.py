@@ -10,7 +10,18 @@ import torch
 from hf_models import make_model, make_plan, random_ids
 from transformers import DynamicCache
 
-from dynmask.baselines import Policy, Selector, SlidingWindow, SnapKV, StreamingLLM
+from dynmask.baselines import (
+    H2O,
+    InfLLM,
+    Policy,
+    Quest,
+    Selector,
+    SlidingWindow,
+    SnapKV,
+    StreamingLLM,
+    TopK,
+    TopP,
+)
 from dynmask.hf import accelerate
 from dynmask.masks import Lifetimes
 from dynmask.masks.lifetimes import NEVER
@@ -122,6 +133,74 @@ def test_chunks_and_rows_go_on_and_a_cropped_cache_goes_back(per_head, batches):
         cache.crop(-5)
         with pytest.raises(ValueError, match="begins at token 15"):
             model(ids[:, 15:16], past_key_values=cache)
+
+
+REMEMBERS = [
+    H2O(heavy=3, recent=4),
+    Quest(budget=16, dense_layers=0),
+    TopP(0.5, bits=4),
+    InfLLM(init=0, local=6, block=4, top=1, chunk=4, representatives=1),
+]
+
+
+@pytest.mark.parametrize("policy", REMEMBERS, ids=lambda p: p.name)
+def test_beams_are_refused_to_methods_that_remember(policy):
+    model = make_model("llama")
+    with (
+        accelerate(model, policy=policy),
+        pytest.raises(ValueError, match="rows of the batch are not those"),
+    ):
+        model.generate(random_ids(1, 20), max_new_tokens=20, num_beams=4, do_sample=False)
+
+
+@pytest.mark.parametrize("policy", REMEMBERS, ids=lambda p: p.name)
+def test_more_rows_than_in_the_call_before_are_refused(policy):
+    model, ids = make_model("llama"), random_ids(1, 20)
+    cache = DynamicCache(config=model.config)
+    with accelerate(model, policy=policy), torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        with pytest.raises(ValueError, match="rows of the batch are not those"):
+            model(ids[:, :1].expand(3, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [TopK(5), TopP(0.5, bits=None), SnapKV(cap=8, window=4, kernel=3)],
+    ids=lambda p: p.name,
+)
+def test_beams_score_what_their_tokens_score_alone(policy):
+    model, ids, new = make_model("llama"), random_ids(1, 20), 12
+    with accelerate(model, policy=policy), torch.no_grad():
+        found = model.generate(
+            ids,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            num_beams=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        tokens, cache, total = found.sequences[:, 20:], DynamicCache(config=model.config), 0.0
+        out = model(ids, past_key_values=cache).logits[:, -1]
+        for i in range(new):
+            scores = out.log_softmax(-1)
+            if i < new - 1:  # As generate does for min_new_tokens.
+                scores[:, model.generation_config.eos_token_id] = -torch.inf
+            total += scores[0, tokens[0, i]].item()
+            out = model(tokens[:, i : i + 1], past_key_values=cache).logits[:, -1]
+    assert found.sequences_scores[0].item() * new == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize("policy", [SlidingWindow(5), TopK(5)], ids=lambda p: p.name)
+def test_methods_without_memory_take_tokens_back(policy):
+    model, ids = make_model("llama"), random_ids(1, 20).repeat(1, 2)
+    with accelerate(model, policy=policy), torch.no_grad():
+        greedy = model.generate(ids, max_new_tokens=12, do_sample=False)
+        guessed = model.generate(
+            ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3
+        )
+    assert torch.equal(guessed, greedy)
 
 
 def test_rows_one_by_one_do_not_pile_up():
