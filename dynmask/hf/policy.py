@@ -19,8 +19,8 @@ class PolicyCalls:
     """The attention calls of one layer under a policy.
 
     A prefill starts anew. Where there is padding, each batch row is a sequence of its own. Beam
-    search moves rows between calls: a policy that remembers what it chose for them refuses. Each thread has
-    its own sequences: what it began, it must end.
+    search moves rows between calls: a policy that remembers what it chose for them refuses. Each
+    thread has its own sequences: what it began, it must end.
 
     Args:
         policy: The method.
