@@ -166,6 +166,10 @@ def test_associative_recall():
     (at,) = [at["seconds"] for at in times["times"] if at["length"] == 8192]
     ratio = at["dma"]["median"] / at["mha"]["median"]
     assert f"over rows of 8K takes {ratio:.2f} of full attention's time" in readme
+    wide = recalled(8192, "d256, 512 pairs")
+    said = "at 8K, DMA answers {dma} % ({:.0f} to {:.0f}), NSA {nsa} ({:.0f} to {:.0f})"
+    ends = [end(wide[name]) for name in ("dma", "nsa") for end in (min, max)]
+    assert said.format(*ends, **means(wide)) in readme
     took = {name: 1e3 * x["median"] for name, x in at.items()}
     said = "in {nsa:.1f} ms on an H200, full attention in {mha:.1f}."
     assert said.format(**took) in text("CHANGELOG.md")
