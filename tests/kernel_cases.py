@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from attention_cases import lifetimes, naive_attention, naive_lifetimes, padding, tensors
+from features import lacks_kernels, needs
 from torch import Tensor
 
 from dynmask.masks import Documents, Lifetimes
@@ -21,6 +22,15 @@ def require_triton():
     pytest.importorskip("triton")
     if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+
+def device_of(impl):
+    """Where a backend is tried; skips the test where it cannot run."""
+    if impl != "triton":
+        return "cpu"
+    require_triton()
+    needs(lacks_kernels)
+    return "cuda" if GPU else "cpu"
 
 
 # The interpreter multiplies no bfloat16.

@@ -77,7 +77,6 @@ class VerticalSlash(Policy):
 
 class _VerticalSlash(Selector):
     remembers = False
-
     batched: ClassVar[bool] = False
 
     def __init__(self, settings: VerticalSlash):

@@ -151,15 +151,11 @@ class _MoA(Selector):
         super().__init__()
         self._rules = tuple(zip(alpha, beta, strict=True))
         self._sinks = sinks
+        self._made: tuple[tuple[int, ...], Stripes] | None = None
 
     def choose(
-        self,
-        q: Tensor,
-        k: Tensor,
-        state: tuple[tuple[int, ...], Stripes] | None,
-        *,
-        scale: float,
-    ) -> tuple[Stripes | None, tuple[tuple[int, ...], Stripes] | None]:
+        self, q: Tensor, k: Tensor, state: None, *, scale: float
+    ) -> tuple[Stripes | None, None]:
         k_len = k.shape[2]
         if q.shape[1] != len(self._rules):
             raise ValueError(
@@ -172,9 +168,9 @@ class _MoA(Selector):
         if not any(windows):
             return None, None
         # The same windows are the same stripes: with them go on what an op derived from them.
-        if state is None or state[0] != windows:
-            state = windows, self._stripes(windows, k.device)
-        return state[1], state
+        if self._made is None or self._made[0] != windows:
+            self._made = windows, self._stripes(windows, k.device)
+        return self._made[1], None
 
     def _stripes(self, windows: tuple[int, ...], device: torch.device) -> Stripes:
         near = torch.arange(max(windows), device=device)

@@ -14,6 +14,7 @@ from dynmask.masks import Mask
 # Places behind the first token that a generation may go back to. What a call leaves may be as large
 # as the keys so far, so that a state for every chunk would grow with the square of the length.
 _ENDS = 8
+# Keys that tell one sequence from another; beams may share the very last one.
 _TOLD_BY = 64
 
 
@@ -79,8 +80,7 @@ class Selector(ABC):
 
     Attributes:
         batched: Whether a mask can hold the choice of several batch rows; else each row is a call.
-        remembers: Whether a choice depends on the calls before; else they may begin anywhere, and
-            a state that it returns is only what saves work.
+        remembers: Whether a choice depends on the calls before; else they may begin anywhere.
     """
 
     batched: ClassVar[bool] = True
@@ -108,9 +108,7 @@ class Selector(ABC):
         q_len, k_len = q.shape[2], k.shape[2]
         begin = k_len - q_len
         if not self.remembers:
-            mask, state = self.choose(q, k, self._ends[-1].state, scale=scale)
-            self._ends = [_End(0, state, row=False, made=0, keys=None)]
-            return mask
+            return self.choose(q, k, None, scale=scale)[0]
         before = [end for end in self._ends if end.at <= begin]
         if before[-1].at != begin:
             ends = ", ".join(str(end.at) for end in self._ends)

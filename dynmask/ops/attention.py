@@ -89,7 +89,7 @@ def attention(
     and so with ``"auto"``, they must be finite, as for torch's own function.
 
     Differentiable in q, k, v and bias once; gradients of gradients are for ``"reference"``, and so
-    are the transforms of `torch.func`: other backends raise. Autocast changes nothing: cast q, k
+    are the transforms of `torch.func`: others may raise. Autocast changes nothing: cast q, k
     and v before.
 
     Args:

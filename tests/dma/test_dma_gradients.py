@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dma_models import hidden, make_layer, make_model, paper_layer, random_ids
-from features import lacks_kernels, needs
-from kernel_cases import GPU, require_triton
+from kernel_cases import device_of
 
 from dynmask.dma import DmaForCausalLM
 
@@ -45,10 +44,7 @@ def test_gradients_are_those_of_the_paper():
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "cpu", "triton"])
 def test_scores_whose_exp_no_float_holds(impl):
-    if impl == "triton":
-        require_triton()
-        needs(lacks_kernels)
-    device = "cuda" if impl == "triton" and GPU else "cpu"
+    device = device_of(impl)
 
     def gradients(layer, x):
         with torch.no_grad():

@@ -1,8 +1,7 @@
 import pytest
 import torch
 from attention_cases import blocks, padding, stripes, tensors
-from features import lacks_kernels, needs
-from kernel_cases import GPU, require_triton
+from kernel_cases import device_of
 
 from dynmask.masks import Lifetimes
 from dynmask.ops import attention, reference
@@ -62,10 +61,7 @@ def mask_of(kind):
 )
 def test_gradients_of_gradients_are_refused(impl, kind, loss):
     """Also where the incoming gradient is a constant, of which autograd would make no graph."""
-    if impl == "triton":
-        require_triton()
-        needs(lacks_kernels)
-    device = "cuda" if impl == "triton" and GPU else "cpu"
+    device = device_of(impl)
     inputs = [t.to(device).requires_grad_() for t in tensors(1, 4, 2, 70, 70, 16)]
     out = attention(*inputs, mask_of(kind).to(device), impl=impl)
     (gradient,) = torch.autograd.grad(loss(out), inputs[:1], create_graph=True)
@@ -125,10 +121,7 @@ def test_a_bias_is_as_exact_as_it_was_given(impl, dtype):
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "cpu", "triton"])
 def test_gradients_under_large_biases(impl):
     """The bound that `attention` names: beyond it a stored log-sum-exp is too coarse."""
-    if impl == "triton":
-        require_triton()
-        needs(lacks_kernels)
-    device = "cuda" if impl == "triton" and GPU else "cpu"
+    device = device_of(impl)
     inputs = tensors(1, 4, 2, 130, 130, 16)
     bias = torch.rand(1, 2, 130, generator=torch.Generator().manual_seed(0))
     bias[:, 0, 17], bias[:, 0, 60], bias[:, 1, 5] = 7.3e3, 3.1e3, 1e4
